@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from foveal.plugins.methods.grat import GRAT
     from foveal.plugins.methods.neighborhood import Neighborhood
 
-    __version__: str
+__version__ = "0.1.0"
 
 _HOME: dict[str, str] = {
     "BlockPlan": "foveal.kernels.block_sparse",
@@ -73,14 +73,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version
-
-        value: Any = version("foveal")
-    elif name in _HOME:
-        value = getattr(import_module(_HOME[name]), _RENAMED.get(name, name))
-    else:
+    if name not in _HOME:
         raise AttributeError(f"module 'foveal' has no attribute {name!r}")
+    value: Any = getattr(import_module(_HOME[name]), _RENAMED.get(name, name))
     globals()[name] = value
     return value
 

@@ -49,7 +49,9 @@ def version_line(value: bool) -> None:
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks instead of one sentence.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=version_line, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=version_line, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Options that stand before the command."""
 

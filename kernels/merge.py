@@ -31,12 +31,16 @@ def merge_attention(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     shift = torch.where(lse == -torch.inf, 0.0, lse)  # all parts empty: weights exp(-inf) = 0, never NaN
     weights = torch.exp(lses - shift)
     wide = torch.promote_types(lse.dtype, first.dtype)
-    merged = sum((w[..., None] * out.to(wide) for w, (out, _) in zip(weights, parts, strict=True)), torch.zeros((), dtype=wide))
+    merged = sum(
+        (w[..., None] * out.to(wide) for w, (out, _) in zip(weights, parts, strict=True)), torch.zeros((), dtype=wide)
+    )
     return merged.to(first.dtype), lse
 
 
 def scale_add(out: Tensor, scale: Tensor, add: Tensor) -> Tensor:
     """``scale * out + add`` per query: the epilogue of rectified methods. out, add [B, H, N, D]; scale [B, H, N], fp32."""
     if scale.shape != out.shape[:-1] or add.shape != out.shape:
-        raise ValueError(f"scale_add needs scale {tuple(out.shape[:-1])} and add {tuple(out.shape)}; got {tuple(scale.shape)} and {tuple(add.shape)}.")
+        raise ValueError(
+            f"scale_add needs scale {tuple(out.shape[:-1])} and add {tuple(out.shape)}; got {tuple(scale.shape)} and {tuple(add.shape)}."
+        )
     return torch.addcmul(add.float(), scale[..., None].float(), out.float()).to(out.dtype)

@@ -24,7 +24,11 @@ def permute_rows(x: Tensor, order: Tensor) -> Tensor:
     b, h, _, d = x.shape
     p = order.shape[-1]
     y = torch.empty(b, h, p, d, dtype=x.dtype, device=x.device)
-    lead = (0, 0) if order.ndim == 1 else tuple(0 if n == 1 else s for n, s in zip(order.shape[:2], order.stride()[:2], strict=True))
+    lead = (
+        (0, 0)
+        if order.ndim == 1
+        else tuple(0 if n == 1 else s for n, s in zip(order.shape[:2], order.stride()[:2], strict=True))
+    )
     rows = max(1, 8192 // triton.next_power_of_2(d) // max(1, x.element_size() // 2))
     grid = (triton.cdiv(p, rows), b * h)
     gather_rows[grid](x, order, y, *x.stride(), *lead, h, p, D=d, DP=triton.next_power_of_2(d), ROWS=rows, num_warps=4)

@@ -44,10 +44,14 @@ def choose(q: Tensor, plan: BlockPlan | None = None, options: KernelOptions | No
         if wanted not in IMPLEMENTATIONS:
             near = difflib.get_close_matches(wanted, IMPLEMENTATIONS, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(f"there is no implementation {wanted!r}{hint}; choose one of {', '.join(IMPLEMENTATIONS)}.")
-        why = IMPLEMENTATIONS[wanted].refusal(q)
+            raise ValueError(
+                f"there is no implementation {wanted!r}{hint}; choose one of {', '.join(IMPLEMENTATIONS)}."
+            )
+        why = IMPLEMENTATIONS[wanted].refusal(q, by_name=True)
         if why:
-            raise ValueError(f"the {wanted} implementation cannot take this call: {why}; leave implementation out, or change the input.")
+            raise ValueError(
+                f"the {wanted} implementation cannot take this call: {why}; leave implementation out, or change the input."
+            )
         return Choice(wanted)
     skipped = []
     for name, needs in IMPLEMENTATIONS.items():
@@ -109,7 +113,9 @@ def _learnable(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> list[Tensor]
     if plan.proxies is not None:
         held += [x for x in (plan.proxies.n, plan.proxies.k_var) if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in held):
-        raise ValueError("biases, proxy counts and key variances have no gradient here; detach them before they enter the plan.")
+        raise ValueError(
+            "biases, proxy counts and key variances have no gradient here; detach them before they enter the plan."
+        )
     return [q, k, v, *proxies]
 
 
@@ -120,26 +126,51 @@ def _check_call(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, init: tuple[Te
         if x.ndim != 4:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; [batch, heads, tokens, head_dim] is needed.")
         if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}; give all three one dtype and device.")
+            raise ValueError(
+                f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}; give all three one dtype and device."
+            )
     b, h, n, d = q.shape
     if k.shape != v.shape or k.shape[0] != b or k.shape[3] != d:
-        raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} do not go with q {tuple(q.shape)}: same batch and head_dim, k and v alike.")
+        raise ValueError(
+            f"k {tuple(k.shape)} and v {tuple(v.shape)} do not go with q {tuple(q.shape)}: same batch and head_dim, k and v alike."
+        )
     if k.shape[1] == 0 or h % k.shape[1]:
-        raise ValueError(f"q has {h} heads and k has {k.shape[1]}; the query heads must be a multiple of the key heads.")
+        raise ValueError(
+            f"q has {h} heads and k has {k.shape[1]}; the query heads must be a multiple of the key heads."
+        )
     if n != plan.n_queries or k.shape[2] != plan.n_keys:
         raise ValueError(
             f"the plan is for {plan.n_queries} queries and {plan.n_keys} keys; q has {n} and k has {k.shape[2]}: make a plan for this length."
         )
     if plan.device != q.device:
-        raise ValueError(f"the plan lies on {plan.device} and q on {q.device}; move it once with plan.to({str(q.device)!r}).")
-    for name in ("q_start", "q_len", "kv_start", "kv_len", "count", "n_full", "index", "row_bits", "block_bias", "key_bias"):
+        raise ValueError(
+            f"the plan lies on {plan.device} and q on {q.device}; move it once with plan.to({str(q.device)!r})."
+        )
+    for name in (
+        "q_start",
+        "q_len",
+        "kv_start",
+        "kv_len",
+        "count",
+        "n_full",
+        "index",
+        "row_bits",
+        "block_bias",
+        "key_bias",
+    ):
         x = getattr(plan, name)
         if x is not None and (x.shape[0] not in (1, b) or x.shape[1] not in (1, h)):
-            raise PlanError(f"plan.{name} is for {tuple(x.shape[:2])} batch items and heads; the call has ({b}, {h}), and 1 means shared.")
+            raise PlanError(
+                f"plan.{name} is for {tuple(x.shape[:2])} batch items and heads; the call has ({b}, {h}), and 1 means shared."
+            )
     if plan.kv_order is not None and plan.kv_order.ndim == 3 and not plan.ordered and k.shape[1] != h:
-        raise PlanError(f"plan.kv_order differs by head, but {h} query heads share {k.shape[1]} key heads; repeat k and v per query head first.")
+        raise PlanError(
+            f"plan.kv_order differs by head, but {h} query heads share {k.shape[1]} key heads; repeat k and v per query head first."
+        )
     if plan.proxies is not None and plan.proxies.k.shape != (b, k.shape[1], plan.n_kv_blocks, d):
         want = (b, k.shape[1], plan.n_kv_blocks, d)
         raise PlanError(f"plan.proxies.k has shape {tuple(plan.proxies.k.shape)}; {want} is needed for these keys.")
     if init is not None and (init[0].shape != q.shape or init[1].shape != q.shape[:3]):
-        raise ValueError(f"init is (out {tuple(init[0].shape)}, lse {tuple(init[1].shape)}); shapes {tuple(q.shape)} and {tuple(q.shape[:3])} are needed.")
+        raise ValueError(
+            f"init is (out {tuple(init[0].shape)}, lse {tuple(init[1].shape)}); shapes {tuple(q.shape)} and {tuple(q.shape[:3])} are needed."
+        )

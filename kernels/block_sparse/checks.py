@@ -65,15 +65,23 @@ def _expect(ok: bool, sentence: str) -> None:
 def check_shapes(plan: BlockPlan) -> None:
     """Agreement of shapes, dtypes and devices. Never waits for a device."""
     r, c = plan.n_q_blocks, plan.n_kv_blocks
-    _expect(plan.n_queries >= 0 and plan.n_keys >= 0, f"n_queries {plan.n_queries} and n_keys {plan.n_keys} must not be negative.")
+    _expect(
+        plan.n_queries >= 0 and plan.n_keys >= 0,
+        f"n_queries {plan.n_queries} and n_keys {plan.n_keys} must not be negative.",
+    )
     for name, n in (("q_len", r), ("count", r), ("n_full", r), ("kv_len", c)):
         got = getattr(plan, name).shape[-1]
-        _expect(got == n, f"{name} describes {got} blocks; q_start and kv_start describe {n}: give one entry per block.")
+        _expect(
+            got == n, f"{name} describes {got} blocks; q_start and kv_start describe {n}: give one entry per block."
+        )
     _expect(plan.index.shape[2] == r, f"index has {plan.index.shape[2]} rows; q_start describes {r} query blocks.")
     if plan.row_bits is not None:
         want = (plan.q_positions, (c + 31) // 32)
         got2 = tuple(plan.row_bits.shape[-2:])
-        _expect(plan.row_bits.ndim == 4 and got2 == want, f"row_bits has shape {tuple(plan.row_bits.shape)}; [B, H, {want[0]}, {want[1]}] is needed.")
+        _expect(
+            plan.row_bits.ndim == 4 and got2 == want,
+            f"row_bits has shape {tuple(plan.row_bits.shape)}; [B, H, {want[0]}, {want[1]}] is needed.",
+        )
     if plan.box is not None:
         a = plan.box.low.shape[0]
         for name, p in (("low", plan.q_positions), ("high", plan.q_positions), ("coord", plan.kv_positions)):
@@ -88,12 +96,21 @@ def check_shapes(plan: BlockPlan) -> None:
     if plan.proxies is not None:
         for name in ("k", "v", "k_var"):
             x = getattr(plan.proxies, name)
-            _expect(x is None or (x.ndim == 4 and x.shape[2] == c), f"proxies.{name} must be [B, H, {c}, D], one per key block.")
-        _expect(plan.proxies.n.ndim == 3 and plan.proxies.n.shape[-1] == c, f"proxies.n must be [B, H, {c}], one count per key block.")
+            _expect(
+                x is None or (x.ndim == 4 and x.shape[2] == c),
+                f"proxies.{name} must be [B, H, {c}, D], one per key block.",
+            )
+        _expect(
+            plan.proxies.n.ndim == 3 and plan.proxies.n.shape[-1] == c,
+            f"proxies.n must be [B, H, {c}], one count per key block.",
+        )
     for first, last in plan.dense_rows:
         _expect(0 <= first <= last <= r, f"dense_rows range ({first}, {last}) lies outside the {r} query blocks.")
     devices = {x.device for x in _tensors(plan)}
-    _expect(len(devices) == 1, f"the plan's tensors lie on {sorted(map(str, devices))}; move them to one device with plan.to(device).")
+    _expect(
+        len(devices) == 1,
+        f"the plan's tensors lie on {sorted(map(str, devices))}; move them to one device with plan.to(device).",
+    )
 
 
 def _tensors(plan: BlockPlan) -> list[Tensor]:
@@ -112,11 +129,17 @@ def check_values(plan: BlockPlan) -> None:
     _check_runs("key", plan.kv_start, plan.kv_len, plan.kv_positions)
     k = plan.index.shape[-1]
     _expect(bool(((plan.count >= 0) & (plan.count <= k)).all()), f"count must lie in 0..{k}, the width of index.")
-    _expect(bool(((plan.n_full >= 0) & (plan.n_full <= plan.count)).all()), "n_full must lie in 0..count for every query block.")
+    _expect(
+        bool(((plan.n_full >= 0) & (plan.n_full <= plan.count)).all()),
+        "n_full must lie in 0..count for every query block.",
+    )
     _check_index(plan)
     if not plan.has_pair_masks:
         partial = plan.n_full < plan.count
-        _expect(not bool(partial.any()), "the plan lists partial entries but has neither box nor row_bits: give a pair mask, or set n_full = count.")
+        _expect(
+            not bool(partial.any()),
+            "the plan lists partial entries but has neither box nor row_bits: give a pair mask, or set n_full = count.",
+        )
     if not plan.ordered:
         _check_order("q_order", plan.q_order, plan.n_queries)
         _check_order("kv_order", plan.kv_order, plan.n_keys)
@@ -148,7 +171,10 @@ def _check_index(plan: BlockPlan) -> None:
         value = int(index[tuple(where)])
         raise PlanError(f"index{where} is {value}; the plan has key blocks 0..{c - 1}.")
     seen = torch.where(listed, index, c + torch.arange(k, device=index.device, dtype=index.dtype)).sort(-1).values
-    _expect(not bool((seen[..., 1:] == seen[..., :-1]).any()), "a query block lists the same key block twice; its keys would count twice.")
+    _expect(
+        not bool((seen[..., 1:] == seen[..., :-1]).any()),
+        "a query block lists the same key block twice; its keys would count twice.",
+    )
 
 
 def _check_order(name: str, order: Tensor | None, n: int) -> None:
@@ -168,5 +194,7 @@ def require_keys(plan: BlockPlan) -> None:
     empty = used & ~seen
     if bool(empty.any()):
         b, h, r = empty.nonzero()[0].tolist()
-        raise PlanError(f"query block {r} of batch {b}, head {h} visits no key; every row of this method needs at least one.")
+        raise PlanError(
+            f"query block {r} of batch {b}, head {h} visits no key; every row of this method needs at least one."
+        )
     _expect(bool(plan.covers), "some queries lie in no block; every query of this method needs one.")

@@ -55,7 +55,22 @@ def _signature(dtype: str) -> dict[str, str]:
     kinds |= dict.fromkeys(("Low", "High", "Coord"), short)
     kinds |= dict.fromkeys(("Lse", "InitLse", "BlockBias", "KeyBias", "ProxyN", "ProxyVar"), real)
     kinds |= dict.fromkeys(
-        ("QStart", "QLen", "KvStart", "KvLen", "Count", "NFull", "Index", "Dense", "Launch", "QOrder", "RowBits", "Listed"), word
+        (
+            "QStart",
+            "QLen",
+            "KvStart",
+            "KvLen",
+            "Count",
+            "NFull",
+            "Index",
+            "Dense",
+            "Every",
+            "Launch",
+            "QOrder",
+            "RowBits",
+            "Listed",
+        ),
+        word,
     )
     return {n: kinds.get(n, "fp32" if n == "scale" else "i32") for n in block_sparse_forward.arg_names}
 
@@ -64,7 +79,14 @@ def compile_variant(capability: int, dtype: str, head_dim: int, feature: str) ->
     tile = tile_for(capability, 2 if dtype == "bf16" else 4, head_dim)
     on = FEATURES[feature]
     constants: dict[str, Any] = {name: name in on for name in SWITCHES}
-    constants |= {"D": head_dim, "DP": padded(head_dim), "BM": tile.BM, "BN": tile.BN, "STAGES": tile.stages, "AXES": 4 if "HAS_PARTIAL" in on else 0}
+    constants |= {
+        "D": head_dim,
+        "DP": padded(head_dim),
+        "BM": tile.BM,
+        "BN": tile.BN,
+        "STAGES": tile.stages,
+        "AXES": 4 if "HAS_PARTIAL" in on else 0,
+    }
     constants |= {"KSUB": 4 if "EVEN" in on else 0}
     constants |= {n: 1 for n in ("q_d", "k_d", "v_d", "o_d", "io_d")}
     signature = {n: ("constexpr" if n in constants else kind) for n, kind in _signature(dtype).items()}
@@ -90,7 +112,11 @@ def _assembled(ptx: str, capability: int) -> tuple[int, int]:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
         tool = _ptxas(capability)
-        done = subprocess.run([tool, "-v", f"-arch={arch}", str(source), "-o", str(Path(folder) / "kernel.cubin")], capture_output=True, text=True)
+        done = subprocess.run(
+            [tool, "-v", f"-arch={arch}", str(source), "-o", str(Path(folder) / "kernel.cubin")],
+            capture_output=True,
+            text=True,
+        )
     if done.returncode:
         raise RuntimeError(f"ptxas refused the variant for {arch}: {done.stderr.strip()[:300]}")
     registers = max((int(x) for x in re.findall(r"Used (\d+) registers", done.stderr)), default=0)
@@ -104,7 +130,13 @@ def _ptxas(capability: int) -> str:
     return tool.path
 
 
-VARIANTS = (("bf16", 128, "plain"), ("bf16", 128, "everything"), ("bf16", 64, "masked"), ("bf16", 256, "ragged"), ("fp32", 128, "plain"))
+VARIANTS = (
+    ("bf16", 128, "plain"),
+    ("bf16", 128, "everything"),
+    ("bf16", 64, "masked"),
+    ("bf16", 256, "ragged"),
+    ("fp32", 128, "plain"),
+)
 
 
 def main(capabilities: tuple[int, ...] = CAPABILITIES) -> list[Usage]:

@@ -55,7 +55,12 @@ def owner_of(start: Tensor, length: Tensor, positions: int) -> Tensor:
     key = torch.where(length > 0, start, positions)
     order = torch.argsort(key, dim=-1, stable=True)
     sorted_start = key.gather(-1, order).contiguous()
-    at = torch.searchsorted(sorted_start, p.expand(*start.shape[:2], positions).to(sorted_start.dtype).contiguous(), right=True) - 1
+    at = (
+        torch.searchsorted(
+            sorted_start, p.expand(*start.shape[:2], positions).to(sorted_start.dtype).contiguous(), right=True
+        )
+        - 1
+    )
     block = order.gather(-1, at.clamp(min=0))
     inside = (at >= 0) & (p < start.gather(-1, block) + length.gather(-1, block)) & (p >= start.gather(-1, block))
     return torch.where(inside, block, -1)
@@ -94,7 +99,9 @@ def pair_mask(plan: BlockPlan, cols: Tensor, lead: torch.Size) -> Tensor:
             ok = ok & (low[:, None] <= coord) & (coord < high[:, None])
     if plan.row_bits is not None:
         block = cols.clamp(min=0)
-        words = plan.row_bits.expand(*lead, -1, -1).gather(-1, (block // 32)[:, :, None].expand(*lead, plan.q_positions, -1))
+        words = plan.row_bits.expand(*lead, -1, -1).gather(
+            -1, (block // 32)[:, :, None].expand(*lead, plan.q_positions, -1)
+        )
         ok = ok & ((words >> (block % 32)[:, :, None]) & 1).bool()
     return ok
 
@@ -155,7 +162,9 @@ def attended_pairs(plan: BlockPlan) -> float:
 
 def _partial_pairs(plan: BlockPlan, partial: Tensor, q_live: Tensor, k_live: Tensor) -> float:
     """Partial entries one query block at a time: linear memory."""
-    lead = torch.broadcast_shapes(partial.shape[:2], q_live.shape[:2], k_live.shape[:2], plan.q_start.shape[:2], plan.kv_start.shape[:2])
+    lead = torch.broadcast_shapes(
+        partial.shape[:2], q_live.shape[:2], k_live.shape[:2], plan.q_start.shape[:2], plan.kv_start.shape[:2]
+    )
     at = lambda x, b, h: x[min(b, x.shape[0] - 1), min(h, x.shape[1] - 1)]  # noqa: E731
     total = 0
     for b in range(lead[0]):
@@ -188,7 +197,9 @@ def visited_pairs(plan: BlockPlan, tile: tuple[int, int] = TILE) -> float:
 
 def complement(plan: BlockPlan) -> BlockPlan:
     if bool((plan.n_full < plan.count).any()):
-        raise PlanError("complement() needs a plan whose entries are all full; what a pair mask leaves out of a block is no block.")
+        raise PlanError(
+            "complement() needs a plan whose entries are all full; what a pair mask leaves out of a block is no block."
+        )
     rest = ~visits(plan)
     count = rest.sum(-1, dtype=torch.int32)
     width = max(1, int(count.max()) if count.numel() else 1)

@@ -39,7 +39,9 @@ class Row(NamedTuple):
     partial: tuple[int, ...]
 
 
-def gather_attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+def gather_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, need_lse: bool
+) -> tuple[Tensor, Tensor | None]:
     """q [B, H, N, D], k, v [B, Hkv, M, D] -> (out with q's strides, lse fp32 [B, H, N] or None)."""
     out = torch.empty_like(q) if plan.covers else torch.zeros_like(q)
     lse = torch.full(q.shape[:3], -torch.inf, device=q.device, dtype=lse_dtype(q)) if need_lse else None
@@ -104,9 +106,21 @@ def pieces(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> It
 
 def plan_lead(plan: BlockPlan) -> tuple[int, int]:
     """The batch and head counts over which the plan differs, 1 where shared (proxies' k and v always follow their head)."""
-    tensors = [plan.q_start, plan.q_len, plan.kv_start, plan.kv_len, plan.count, plan.index, plan.row_bits, plan.block_bias, plan.key_bias]
+    tensors = [
+        plan.q_start,
+        plan.q_len,
+        plan.kv_start,
+        plan.kv_len,
+        plan.count,
+        plan.index,
+        plan.row_bits,
+        plan.block_bias,
+        plan.key_bias,
+    ]
     orders = [] if plan.ordered else [plan.q_order, plan.kv_order]
-    shapes = [x.shape[:2] for x in tensors if x is not None] + [x.shape[:2] for x in orders if x is not None and x.ndim == 3]
+    shapes = [x.shape[:2] for x in tensors if x is not None] + [
+        x.shape[:2] for x in orders if x is not None and x.ndim == 3
+    ]
     if plan.proxies is not None:
         shapes.append(plan.proxies.n.shape[:2])
     lead = torch.broadcast_shapes(*shapes)
@@ -174,7 +188,16 @@ def _batches(rows: list[Row], cpu: bool, part: _Part) -> Iterator[list[Row]]:
 class _Part:
     """One (batch, head) share of the call, keys in plan order."""
 
-    def __init__(self, plan: BlockPlan, q: Tensor, k: Tensor, v: Tensor, slices: tuple[slice, slice, slice], lead: tuple[int, int], scale: float):
+    def __init__(
+        self,
+        plan: BlockPlan,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slices: tuple[slice, slice, slice],
+        lead: tuple[int, int],
+        scale: float,
+    ):
         self.plan, self.q, self.k, self.v, self.slices, self.lead, self.scale = plan, q, k, v, slices, lead, scale
         order = None if plan.ordered else plan.q_order
         self.q_order = None if order is None else (order if order.ndim == 1 else at(order, *lead)).long()
@@ -252,7 +275,9 @@ class _Part:
         full = torch.arange(k_pos.shape[1], device=q_pos.device) < lead[:, None]
         return torch.where(ok | full[:, None], 0.0, -torch.inf)
 
-    def _with_proxies(self, batch: list[Row], q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    def _with_proxies(
+        self, batch: list[Row], q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, ...]:
         plan, n = self.plan, len(batch)
         assert plan.proxies is not None
         bs, _, ks = self.slices
@@ -279,7 +304,9 @@ class _Part:
         return q, k, v, bias
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, need_lse: bool
+) -> tuple[Tensor, Tensor | None]:
     """Plain attention of every block. Shapes as in ``Piece`` -> (out like q, lse [b, h, n, L] or None)."""
     if k.shape[3] == 0:
         return q.new_zeros(*q.shape[:-1], v.shape[-1]), q.new_full(q.shape[:-1], -torch.inf, dtype=lse_dtype(q))

@@ -26,7 +26,15 @@ class Grads(NamedTuple):
 
 
 def gather_backward(
-    d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: BlockPlan, scale: float
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: BlockPlan,
+    scale: float,
 ) -> Grads:
     """d_out, q, out [B, H, N, D]; d_lse, lse [B, H, N]; k, v [B, Hkv, M, D]. Key variances are held constant."""
     wide = lse_dtype(q)
@@ -47,7 +55,13 @@ def gather_backward(
 
 
 def _piece_backward(
-    piece: Piece, d_out: Tensor, delta: Tensor, lse: Tensor, scale: float, grads: list[Tensor], pooled: list[Tensor] | None
+    piece: Piece,
+    d_out: Tensor,
+    delta: Tensor,
+    lse: Tensor,
+    scale: float,
+    grads: list[Tensor],
+    pooled: list[Tensor] | None,
 ) -> None:
     wide = grads[0].dtype
     b, h, n, rows, dim = piece.q.shape

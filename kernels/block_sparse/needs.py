@@ -35,11 +35,11 @@ class Needs:
     requires: str | None = None
     note: str = ""
 
-    def refusal(self, q: Tensor) -> str | None:
-        """Why it cannot take q [B, H, N, D], or None."""
+    def refusal(self, q: Tensor, by_name: bool = False) -> str | None:
+        """Why it cannot take q [B, H, N, D], or None. Triton's interpreter is taken only when asked for by name."""
         if self.requires and not INSTALLED[self.requires]:
             return f"the package {self.requires} is not installed"
-        if "any" not in self.devices and q.device.type not in self._devices():
+        if "any" not in self.devices and q.device.type not in self._devices(by_name):
             return f"it runs on {' or '.join(self.devices)}, q is on {q.device.type}"
         if q.dtype not in self.dtypes:
             return f"dtype {name_of(q.dtype)} is none of {', '.join(map(name_of, self.dtypes))}"
@@ -51,8 +51,8 @@ class Needs:
             return f"it needs compute capability {self.capability[0]}.{self.capability[1]}, the device has {have[0]}.{have[1]}"
         return None
 
-    def _devices(self) -> tuple[str, ...]:
-        return (*self.devices, "cpu") if self.requires == "triton" and INTERPRETED else self.devices
+    def _devices(self, by_name: bool) -> tuple[str, ...]:
+        return (*self.devices, "cpu") if self.requires == "triton" and INTERPRETED and by_name else self.devices
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -80,7 +80,9 @@ def support_table() -> str:
     """The implementations and what they need, as a Markdown table."""
     lines = ["| implementation | devices | dtypes | head dim | note |", "|---|---|---|---|---|"]
     for name, need in IMPLEMENTATIONS.items():
-        devices = ", ".join(need.devices) + (f" (compute capability {need.capability[0]}.{need.capability[1]} and later)" if need.capability else "")
+        devices = ", ".join(need.devices) + (
+            f" (compute capability {need.capability[0]}.{need.capability[1]} and later)" if need.capability else ""
+        )
         dims = f"{need.head_dim[0]} to {need.head_dim[1]}" if need.head_dim[1] < 1 << 20 else "any"
         lines.append(f"| `{name}` | {devices} | {', '.join(map(name_of, need.dtypes))} | {dims} | {need.note} |")
     return "\n".join(lines)

@@ -61,7 +61,9 @@ def flatten(plan: BlockPlan) -> tuple[list[Tensor], str, list[int]]:
     return list(live.values()), ",".join(live), sizes
 
 
-def unflatten(tensors: list[Tensor], fields: str, sizes: list[int], proxy_k: Tensor | None, proxy_v: Tensor | None) -> BlockPlan:
+def unflatten(
+    tensors: list[Tensor], fields: str, sizes: list[int], proxy_k: Tensor | None, proxy_v: Tensor | None
+) -> BlockPlan:
     named: dict[str, Any] = dict(zip(fields.split(","), tensors, strict=True))
     box = Box(named.pop("low"), named.pop("high"), named.pop("coord")) if "low" in named else None
     n, var = named.pop("proxy_n", None), named.pop("proxy_var", None)

@@ -218,7 +218,11 @@ class BlockPlan:
     def __str__(self) -> str:
         name = self.label or "plan"
         masks = [n for n, x in (("box", self.box), ("row bits", self.row_bits)) if x is not None]
-        extras = [n for n, x in (("block bias", self.block_bias), ("key bias", self.key_bias), ("proxies", self.proxies)) if x is not None]
+        extras = [
+            n
+            for n, x in (("block bias", self.block_bias), ("key bias", self.key_bias), ("proxies", self.proxies))
+            if x is not None
+        ]
         tail = "".join(f", {x}" for x in masks + extras)
         return (
             f"{name}: {self.n_queries} x {self.n_keys} tokens, {self.n_q_blocks} x {self.n_kv_blocks} blocks, "

@@ -17,7 +17,14 @@ LOG2E = 1.4426950408889634
 
 
 def triton_attention(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, need_lse: bool, init: tuple[Tensor, Tensor] | None = None, tile: Tile | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    need_lse: bool,
+    init: tuple[Tensor, Tensor] | None = None,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Shapes as in ``block_sparse_attention``; ``tile`` overrides the tuned tile sizes (for tuning and tests)."""
     b, h, n, d = q.shape
@@ -39,7 +46,17 @@ def _capability(q: Tensor) -> int:
     return 10 * major + minor
 
 
-def _launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, init: Any, plan: BlockPlan, scale: float, tile: Tile) -> None:
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    init: Any,
+    plan: BlockPlan,
+    scale: float,
+    tile: Tile,
+) -> None:
     b, h, n, d = q.shape
     c, dummy = plan.n_kv_blocks, q
     q_order = None if plan.ordered else plan.q_order
@@ -48,6 +65,7 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, in
     pk, pv, pn, var = (proxies.k, proxies.v, proxies.n, proxies.k_var) if proxies is not None else (None,) * 4
     listed = _derived(plan, "listed_words", _listed_words) if proxies is not None else None
     dense = _derived(plan, "dense_flags", _dense_flags) if plan.dense_rows else None
+    every = _derived(plan, "every_block", _every_block) if plan.dense_rows else None
     launch = _derived(plan, "launch_order", _launch_order)
     even = bool(plan.equal_kv_len) and plan.max_kv_len % tile.BN == 0 and plan.max_kv_len > 0
     ksub = -(-plan.max_kv_len // tile.BN)
@@ -58,7 +76,8 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, in
     init_strides = (0, 0, 0, 0) if init_out is None else init_out.stride()
     block_sparse_forward[(plan.n_q_blocks * qsub, b * h)](
         q, k, v, out, _or(lse, dummy), _or(init_out, dummy), _or(None if init_lse is None else init_lse.contiguous(), dummy),
-        *geometry, _or(dense, dummy), launch, _or(optional[0], dummy),
+        *geometry, _or(dense, dummy),
+        _or(every, plan.index), launch, _or(optional[0], dummy),
         _or(box and box.low, dummy), _or(box and box.high, dummy), _or(box and box.coord, dummy),
         _or(plan.row_bits, dummy), _or(plan.block_bias, dummy), _or(plan.key_bias, dummy),
         *(_or(None if x is None else _unit(x), dummy) for x in (pk, pv)), _or(pn, dummy), _or(None if var is None else _unit(var), dummy), _or(listed, dummy),
@@ -69,7 +88,7 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, in
         EVEN=even, UNIFORM=even and plan.kv_stride == plan.max_kv_len, HAS_PARTIAL=plan.has_pair_masks, AXES=0 if box is None else box.low.shape[0],
         HAS_BITS=plan.row_bits is not None, HAS_BLOCK_BIAS=plan.block_bias is not None, HAS_KEY_BIAS=plan.key_bias is not None,
         HAS_PROXIES=proxies is not None, HAS_VAR=var is not None, HAS_DENSE=dense is not None, HAS_Q_ORDER=q_order is not None,
-        HAS_INIT=init is not None, NEED_LSE=lse is not None, POSITIVE=scale >= 0, num_warps=tile.warps, num_stages=tile.stages,
+        HAS_INIT=init is not None, NEED_LSE=lse is not None, POSITIVE=scale > 0, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
@@ -105,6 +124,11 @@ def _dense_flags(plan: BlockPlan) -> Tensor:
     return counting.dense_row_mask(plan).to(torch.int32)
 
 
+def _every_block(plan: BlockPlan) -> Tensor:
+    """The list of dense rows. -> int32 [C]"""
+    return torch.arange(plan.n_kv_blocks, dtype=torch.int32, device=plan.device)
+
+
 def _launch_order(plan: BlockPlan) -> Tensor:
     """Query blocks, longest list first. -> int32 [R]"""
     cost = plan.count.amax((0, 1)) + counting.dense_row_mask(plan) * plan.n_kv_blocks
@@ -121,8 +145,8 @@ def _listed_words(plan: BlockPlan) -> Tensor:
 
 def _order(plan: BlockPlan, order: Tensor) -> Tensor:
     """-> int32 [1 or B, 1 or H, P], contiguous"""
+
     def make(_: BlockPlan) -> Tensor:
         return order.to(torch.int32).reshape(*([1] * (3 - order.ndim)), *order.shape).contiguous()
 
     return _derived(plan, "q_order", make)
-

@@ -27,7 +27,9 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale:
         extra, pv = _proxy_scores(qp, plan, scale, group)
         scores, vp = torch.cat([scores, extra], -1), torch.cat([vp, pv.to(wide)], 2)
     empty = (scores == -torch.inf).all(-1)
-    total = torch.logsumexp(scores.masked_fill(empty[..., None], 0.0), -1)  # finite, so gradients of empty rows are 0, not NaN
+    total = torch.logsumexp(
+        scores.masked_fill(empty[..., None], 0.0), -1
+    )  # finite, so gradients of empty rows are 0, not NaN
     out = torch.exp(scores - total[..., None]) @ vp
     lse = total.masked_fill(empty, -torch.inf)
     out, lse = _untake(out, lse, plan, q.shape[2])

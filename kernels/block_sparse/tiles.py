@@ -36,4 +36,6 @@ def tile_for(capability: int, element_bytes: int, head_dim: int) -> Tile:
     for row in _rows():
         if row["capability"] <= capability and row["bytes"] == element_bytes and row["dim"] >= dim:
             return Tile(row["BM"], row["BN"], row["warps"], row["stages"])
-    raise ValueError(f"no tile sizes for capability {capability}, {element_bytes}-byte elements, head_dim {head_dim}; add a row to configs.json.")
+    raise ValueError(
+        f"no tile sizes for capability {capability}, {element_bytes}-byte elements, head_dim {head_dim}; add a row to configs.json."
+    )

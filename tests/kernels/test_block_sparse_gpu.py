@@ -11,7 +11,10 @@ from foveal.kernels.order import permute_tokens
 pytestmark = pytest.mark.gpu
 
 CASES = 2000
-RECIPES = [*recipes((torch.bfloat16, torch.float16), (128, 64)), *recipes((torch.float16, torch.bfloat16, torch.float32), (64, 80, 32))]
+RECIPES = [
+    *recipes((torch.bfloat16, torch.float16), (128, 64)),
+    *recipes((torch.float16, torch.bfloat16, torch.float32), (64, 80, 32)),
+]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.id)
@@ -20,9 +23,13 @@ def test_error_is_at_most_that_of_eager_attention(recipe: Recipe):
     for seed in range(-(-CASES // len(RECIPES))):
         case = make_case(recipe, seed, "cuda", longest=384)
         with torch.no_grad():
-            out, lse = block_sparse_attention(case.q, case.k, case.v, case.plan, scale=case.scale, init=case.init, return_lse=True, options=options)
+            out, lse = block_sparse_attention(
+                case.q, case.k, case.v, case.plan, scale=case.scale, init=case.init, return_lse=True, options=options
+            )
         ours, eager = errors(case, out, lse)
-        assert ours <= 1.5 * eager + torch.finfo(recipe.dtype).eps / 2, f"seed {seed}: error {ours:.2e}, eager {eager:.2e}"
+        assert ours <= 1.5 * eager + torch.finfo(recipe.dtype).eps / 2, (
+            f"seed {seed}: error {ours:.2e}, eager {eager:.2e}"
+        )
 
 
 def test_fifty_runs_are_bit_identical():
@@ -56,7 +63,9 @@ def test_permuting_tokens_equals_indexing():
 def test_compiled_call_equals_eager_call():
     case = make_case(RECIPES[1], 5, "cuda", longest=512)
     call = torch.compile(lambda q, k, v: block_sparse_attention(q, k, v, case.plan, scale=0.1) * 2, fullgraph=True)
-    torch.testing.assert_close(call(case.q, case.k, case.v), block_sparse_attention(case.q, case.k, case.v, case.plan, scale=0.1) * 2)
+    torch.testing.assert_close(
+        call(case.q, case.k, case.v), block_sparse_attention(case.q, case.k, case.v, case.plan, scale=0.1) * 2
+    )
 
 
 def test_gradients_equal_those_of_dense_attention_at_full_density():

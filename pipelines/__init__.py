@@ -1,0 +1,1 @@
+"""Sampling, metrics, statistics and reports, and the shipped tiny models."""

@@ -1,0 +1,1 @@
+"""Weights and model cards that ride in the package."""

@@ -1,0 +1,59 @@
+"""Exact read-outs of the procedural world: what the clip shows against what the prompt asked for. No network, no weights.
+
+B samples.
+
+Notable choices
+- The reader's own scores under its own names: acc_* are 1 or 0 per sample, world_psnr needs no reference.
+- A clip is read once: whoever computes several of these passes the reading along in `Meta`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from foveal.pipelines.metrics.metric import FunctionMetric, Meta
+from foveal.pipelines.world.reader import Reading, read, score
+from foveal.pipelines.world.vocabulary import parse
+
+ACCURACIES = {
+    "acc_all": "every attribute is as asked for",
+    "acc_colour": "colour as asked for",
+    "acc_shape": "shape as asked for",
+    "acc_size": "size as asked for",
+    "acc_motion": "motion as asked for",
+    "acc_scene": "style and background as asked for",
+}
+
+
+def reading_of(gen: Tensor, meta: Meta) -> Reading:
+    """The reading that came along, or a new one."""
+    return meta.reading if meta.reading is not None else read(gen)
+
+
+def _accuracy(name: str) -> Callable[[Tensor, Tensor | None, Meta], Tensor]:
+    def function(gen: Tensor, ref: Tensor | None, meta: Meta) -> Tensor:
+        assert meta.prompts is not None
+        return score(reading_of(gen, meta), [parse(prompt) for prompt in meta.prompts])[name]
+
+    return function
+
+
+def _field(name: str) -> Callable[[Tensor, Tensor | None, Meta], Tensor]:
+    return lambda gen, ref, meta: getattr(reading_of(gen, meta), name)
+
+
+def _plain(name: str, higher: bool, summary: str, field: str | None = None) -> FunctionMetric:
+    return FunctionMetric(name, "video", higher, _field(field or name), summary, ("world",))
+
+
+METRICS = (
+    _plain("world_psnr", True, "how well any clip of the world explains the sample, dB"),
+    _plain("jitter", False, "distance of the object's path from a straight line, frame widths"),
+    _plain("drift", False, "change of the object's colour over time", "colour_drift"),
+    *(
+        FunctionMetric(name, "video", True, _accuracy(name), summary, ("world", "prompts"), proportion=True)
+        for name, summary in ACCURACIES.items()
+    ),
+)

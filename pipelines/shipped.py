@@ -1,0 +1,195 @@
+"""The shipped toy models: what there is, where its files lie, and loading them into a `WorldPipeline`.
+
+    pipe = load("world-video")
+    frames = pipe(["a small red circle moving right on a navy plain background"], seeds=[0]).frames
+
+Notable choices
+- A model is a folder: config.json, model.safetensors, text.safetensors, README.md (its card). Files are looked for
+  in an explicit path, then in the package, then in the directory named by FOVEAL_WEIGHTS_DIR, which says where to
+  look and nothing else; `pipe.card.folder` records where they were found.
+- Every file is checked against the SHA-256 in config.json before it is read.
+- `cards()` reads JSON only; diffusers is imported when a model is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from foveal.pipelines.errors import UserError
+from foveal.pipelines.world.models import TOY, token_grid
+from foveal.pipelines.world.vocabulary import VOCAB
+
+if TYPE_CHECKING:
+    from foveal.pipelines.world.pipeline import WorldPipeline
+
+ASSETS = Path(__file__).parent / "assets"
+WEIGHTS_DIR = "FOVEAL_WEIGHTS_DIR"
+MODEL_FILE, TEXT_FILE = "model.safetensors", "text.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """Facts about one model. `sha256` is that of model.safetensors, None until weights were exported."""
+
+    id: str
+    frames: int
+    size: int
+    grid: tuple[int, int, int]
+    tokens: int
+    steps: int
+    guidance: float
+    shift: float
+    params: int
+    layers: int
+    heads: int
+    head_dim: int
+    sha256: str | None
+    folder: Path
+    toy: bool = True
+    note: str = TOY
+
+    @property
+    def available(self) -> bool:
+        """Whether the weights are there."""
+        return (self.folder / MODEL_FILE).is_file() and (self.folder / TEXT_FILE).is_file()
+
+
+def cards() -> list[Card]:
+    """Cards of the models in the package, by name; those without weights yet too (`card.available` is False)."""
+    return [_card(_read_config(path.parent), path.parent) for path in sorted(ASSETS.glob("*/config.json"))]
+
+
+def shipped() -> list[str]:
+    """Names that `load` knows."""
+    return [card.id for card in cards()]
+
+
+def load(
+    name_or_path: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> WorldPipeline:
+    """Load a shipped model by name, or any folder in the same format by path.
+
+    dtype: of the transformer's weights; norms, modulation tables and the time embedding stay fp32, as in diffusers.
+    The pipeline carries its `card`.
+
+    Raises UserError, a ValueError: an unknown name (nearest one suggested), a missing file, or one that is not the
+    recorded file.
+    """
+    from foveal.pipelines.world.pipeline import FlowMatchEulerDiscreteScheduler, TextTable, WanTransformer3DModel
+    from foveal.pipelines.world.pipeline import WorldPipeline as Pipeline
+
+    folder = find(name_or_path)
+    config = _read_config(folder)
+    if tuple(config["words"]) != VOCAB:
+        raise UserError(
+            f"{folder / 'config.json'} lists other words than this version of foveal: use matching versions."
+        )
+    weights = {file: _read_weights(folder, file, config["files"][file]["sha256"]) for file in (MODEL_FILE, TEXT_FILE)}
+    transformer = WanTransformer3DModel(**config["transformer"])
+    text = TextTable(config["transformer"]["text_dim"])
+    _fill(transformer, weights[MODEL_FILE], folder / MODEL_FILE)
+    _fill(text, {key.removeprefix("text."): value for key, value in weights[TEXT_FILE].items()}, folder / TEXT_FILE)
+    _cast(transformer, dtype)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=config["shift"])
+    pipe = Pipeline(
+        transformer.eval(),
+        text.eval(),
+        scheduler,
+        **{key: config[key] for key in ("frames", "size", "steps", "guidance")},
+    )
+    pipe.card = _card(config, folder)
+    return pipe.to(device)
+
+
+def find(name_or_path: str | os.PathLike[str]) -> Path:
+    """The folder of a model: an explicit path, else the package, else FOVEAL_WEIGHTS_DIR."""
+    path, names = Path(name_or_path), shipped()
+    explicit = isinstance(name_or_path, os.PathLike) or "/" in str(name_or_path) or os.sep in str(name_or_path)
+    if explicit or (str(path) not in names and (path / "config.json").is_file()):
+        if not (path / "config.json").is_file():
+            raise UserError(f"no model at {path}: a model folder holds config.json, {MODEL_FILE}, {TEXT_FILE}.")
+        return path
+    extra = os.environ.get(WEIGHTS_DIR)
+    places = [ASSETS / path] + ([Path(extra) / path] if extra else [])
+    found = [place for place in places if (place / "config.json").is_file()]
+    if not found:
+        close = difflib.get_close_matches(str(path), names, n=1, cutoff=0.0)
+        hint = f" (nearest: {close[0]!r})" if close else ""
+        raise UserError(f"unknown model {str(path)!r}{hint}: use one of {', '.join(names)}, or a folder's path.")
+    complete = [place for place in found if (place / MODEL_FILE).is_file() and (place / TEXT_FILE).is_file()]
+    return (complete or found)[0]
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config["transformer"]["patch_size"] = tuple(config["transformer"]["patch_size"])
+        return config
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is not a model's config ({error}): get the folder again.") from error
+
+
+def _card(config: dict[str, Any], folder: Path) -> Card:
+    net = config["transformer"]
+    grid = token_grid(net["patch_size"], config["frames"], config["size"])
+    return Card(
+        **{key: config[key] for key in ("id", "frames", "size", "steps", "guidance", "shift", "params")},
+        grid=grid,
+        tokens=grid[0] * grid[1] * grid[2],
+        layers=net["num_layers"],
+        heads=net["num_attention_heads"],
+        head_dim=net["attention_head_dim"],
+        sha256=config["files"][MODEL_FILE]["sha256"],
+        folder=folder,
+    )
+
+
+def _read_weights(folder: Path, name: str, sha256: str | None) -> dict[str, Tensor]:
+    file = folder / name
+    if not file.is_file():
+        raise UserError(
+            f"{file} is missing: reinstall foveal, train it with foveal.pipelines.train_world, "
+            f"or set {WEIGHTS_DIR} to a directory that holds {folder.name}/{name}."
+        )
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    if found != sha256:
+        raise UserError(
+            f"{file} is not the recorded file (SHA-256 {found[:12]}..., config.json says {str(sha256)[:12]}...): "
+            "it is truncated or changed, get it again."
+        )
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise UserError(f"{file} is not a readable safetensors file ({error}): get it again.") from error
+
+
+def _fill(module: nn.Module, weights: dict[str, Tensor], file: Path) -> None:
+    try:
+        module.load_state_dict({key: value.float() for key, value in weights.items()}, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file} does not fit the architecture in its config.json: {reason}.") from error
+
+
+def _cast(transformer: Any, dtype: torch.dtype) -> None:
+    """Cast weights, but keep in fp32 what diffusers' own loader keeps in fp32."""
+    if dtype == torch.float32:
+        return
+    keep = transformer._keep_in_fp32_modules
+    for name, tensor in (*transformer.named_parameters(), *transformer.named_buffers()):
+        if not any(part in keep for part in name.split(".")):
+            tensor.data = tensor.data.to(dtype)

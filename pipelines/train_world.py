@@ -1,0 +1,245 @@
+"""Train a toy model of the world and export it, ready to load.
+
+    python -m foveal.pipelines.train_world --model world-nano --seconds 240 --out world-nano python -m
+    foveal.pipelines.train_world --model tiny --steps 30 --out tiny --checkpoint tiny-run    # a CPU will do
+
+Writes config.json, model.safetensors, text.safetensors, README.md and log.jsonl to --out, and checkpoints elsewhere.
+
+Notable choices
+- Needs torch, numpy and safetensors only; the stock diffusers transformer is used where it is installed, its twin
+  elsewhere.
+- The gate is what the reader sees (acc_all), never the loss: between "no motion at all" and "motion right" the loss
+  hardly moves.
+- With --steps the learning rate follows the step and a resumed run repeats an uninterrupted one; with --seconds it
+  follows the wall clock, and the budget covers start-up, training and evaluation, over all resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foveal.pipelines.world import checkpoint
+from foveal.pipelines.world.card import card
+from foveal.pipelines.world.evaluation import evaluate, evaluate_real
+from foveal.pipelines.world.export import export
+from foveal.pipelines.world.models import MODELS, ModelSpec, build_transformer
+from foveal.pipelines.world.text import TextTable
+from foveal.pipelines.world.training import RECIPES, Recipe, Trainer, start_from_nothing
+
+FINAL = (  # steps, guidance, held-out triples; the first row is the gate
+    (8, 1.0, False),
+    (8, 1.0, True),
+    (16, 1.0, False),
+    (4, 1.0, False),
+    (8, 2.0, False),
+)
+SYNC_EVERY = 10  # steps the CPU may run ahead of the GPU; keeps the wall clock honest
+REPORT_EVERY = 500
+
+
+class Run:
+    """One run: its log, its clock and its loop."""
+
+    def __init__(self, args: argparse.Namespace, trainer: Trainer, spec: ModelSpec) -> None:
+        self.args, self.trainer, self.spec = args, trainer, spec
+        self.out, self.checkpoint = Path(args.out), Path(args.checkpoint or f"runs/train-{args.model}")
+        self.rows: list[dict[str, Any]] = []
+        self.commands: list[str] = []
+        self.spent = 0.0  # seconds of earlier, interrupted parts
+        self.started = args.started
+
+    @property
+    def seconds(self) -> float:
+        return self.spent + time.perf_counter() - self.started
+
+    def log(self, event: str, **facts: Any) -> None:
+        row = {"event": event, "seconds": round(self.seconds, 1), **facts}
+        self.rows.append(row)
+        print(json.dumps(row), flush=True)
+        self.out.mkdir(parents=True, exist_ok=True)
+        with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def progress(self) -> float:
+        if self.args.steps:
+            return self.trainer.step / self.args.steps
+        return self.seconds / max(1e-6, self.args.seconds - self.args.reserve)
+
+    def save(self) -> None:
+        facts = {"rows": self.rows, "commands": self.commands, "seconds": self.seconds}
+        checkpoint.save(self.trainer, self.checkpoint, **facts)
+
+    def resume(self) -> None:
+        record = checkpoint.resume(self.trainer, self.checkpoint)
+        self.rows, self.commands, self.spent = record["rows"], record["commands"], record["seconds"]
+
+    def judge(self, n: int, steps: int, guidance: float, held_out: bool) -> dict[str, Any]:
+        trainer = self.trainer
+        with trainer.averaged():
+            batch = min(n, 128)
+            return evaluate(
+                trainer.model,
+                trainer.text,
+                self.spec,
+                n=n,
+                steps=steps,
+                guidance=guidance,
+                held_out=held_out,
+                batch=batch,
+                bf16=trainer.bf16,
+            )
+
+    def train(self) -> None:
+        """Until the steps or the seconds are used up; evaluates and saves on the way."""
+        trainer, batch = self.trainer, self.trainer.recipe.batch
+        next_eval = _next_eval(self.progress(), self.args.evals)
+        while (progress := self.progress()) < 1:
+            trainer.train_step(progress)
+            if trainer.step % SYNC_EVERY == 0:
+                _synchronise(trainer.device)
+            if trainer.step in (1, SYNC_EVERY) or trainer.step % REPORT_EVERY == 0:
+                self.log("train", step=trainer.step, clips=trainer.step * batch, loss=self.loss())
+            if self.progress() >= next_eval and self.progress() < 1:
+                facts = {"step": trainer.step, "clips": trainer.step * batch, "loss": self.loss()}
+                self.log("eval", **facts, **self.judge(self.args.eval_n, self.spec.steps, self.spec.guidance, False))
+                self.save()
+                next_eval = _next_eval(self.progress(), self.args.evals)
+        self.save()
+        self.log("done", step=trainer.step, clips=trainer.step * batch, loss=self.loss())
+
+    def loss(self) -> float | None:
+        return None if self.trainer.loss is None else round(self.trainer.loss.item(), 5)
+
+    def finish(self) -> bool:
+        """Final metrics, the export and its card.  -> whether the gate was passed"""
+        args = self.args
+        self.log("real", **evaluate_real(self.spec, args.final_n, self.trainer.device))
+        first = None
+        for steps, guidance, held_out in FINAL:
+            if first is not None and args.seconds and self.seconds > args.seconds - 5:
+                break
+            facts = self.judge(args.final_n, steps, guidance, held_out)
+            self.log("final", **facts)
+            first = facts if first is None else first
+        passed = first is not None and first["acc_all"] >= args.gate
+        self.log("gate", acc_all=first["acc_all"] if first else None, needed=args.gate, passed=passed)
+        config = export(self.out, self.spec, self.trainer.ema)
+        text = card(self.spec, self.trainer.recipe, self.rows, config["params"], self.commands)
+        (self.out / "README.md").write_text(text, encoding="utf-8")
+        return passed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: exported and the gate passed. 1: exported, gate missed. 2: wrong options."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    args.started = time.perf_counter()
+    if bool(args.steps) == bool(args.seconds):
+        parser.error("give either --steps or --seconds: one of them ends the run and shapes the learning rate.")
+    spec, recipe = _settings(args)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        run = Run(args, _trainer(args, spec, recipe, device), spec)
+        if args.resume:
+            run.resume()
+    except ValueError as error:
+        parser.error(str(error))
+    run.commands.append(_command(argv))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    facts = {"device": name, "torch": torch.__version__, "network": type(run.trainer.model).__name__}
+    run.log("start", model=spec.id, **facts, step=run.trainer.step, recipe=dataclasses.asdict(recipe))
+    run.train()
+    passed = run.finish()
+    if not passed:
+        print(f"acc_all is below the gate of {args.gate}: exported, but not fit to ship.", file=sys.stderr)
+    return 0 if passed else 1
+
+
+def _command(argv: Sequence[str]) -> str:
+    """The command as the card shows it: folders by their last name only."""
+    folders = ("--out", "--checkpoint", "--init")
+    shown = [Path(word).name if before in folders else word for before, word in zip(["", *argv], argv, strict=False)]
+    return f"python -m foveal.pipelines.train_world {' '.join(shown)}"
+
+
+def _settings(args: argparse.Namespace) -> tuple[ModelSpec, Recipe]:
+    """The presets of a model, with the options that were given."""
+    options = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(Recipe)}
+    given = {name: value for name, value in options.items() if value is not None}
+    recipe = dataclasses.replace(RECIPES[args.model], **given)
+    spec = dataclasses.replace(MODELS[args.model], frames=recipe.frames, size=recipe.size, shift=recipe.shift)
+    return spec, recipe
+
+
+def _trainer(args: argparse.Namespace, spec: ModelSpec, recipe: Recipe, device: torch.device) -> Trainer:
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    torch.manual_seed(recipe.seed)
+    model, text = build_transformer(spec.transformer, args.network), TextTable(spec.transformer["text_dim"])
+    start_from_nothing(model)
+    trainer = Trainer(model, text, recipe, device)
+    if args.init:
+        checkpoint.start_from(trainer, Path(args.init))
+    if device.type == "cuda" and not args.no_compile:
+        _compile_blocks(model)
+    return trainer
+
+
+def _compile_blocks(model: Any) -> None:
+    """One graph, reused by the identical blocks; what cannot be compiled runs as it is."""
+    import torch._dynamo
+
+    torch._dynamo.config.cache_size_limit = 64
+    torch._dynamo.config.suppress_errors = True
+    for block in model.blocks:
+        block.compile(dynamic=False)
+
+
+def _next_eval(progress: float, evals: int) -> float:
+    """The next of `evals` evenly spaced points of a run; infinity when none is left."""
+    points = [(k + 1) / (evals + 1) for k in range(evals)]
+    return min((point for point in points if point > progress), default=float("inf"))
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="train_world", description="Train a toy model of the world and export it.")
+    add = parser.add_argument
+    add("--model", choices=sorted(RECIPES), required=True)
+    add("--out", required=True, help="folder for the export and the log")
+    add("--checkpoint", help="folder for checkpoints (default runs/train-MODEL)")
+    add("--steps", type=int, default=0, help="train this many steps in all")
+    add("--seconds", type=float, default=0.0, help="train for this wall time in all, evaluation included")
+    add("--reserve", type=float, default=25.0, help="seconds of --seconds kept for the final evaluation")
+    add("--resume", action="store_true", help="continue from --checkpoint")
+    add("--init", help="checkpoint folder of another run to take the weights from (an earlier, smaller stage)")
+    add("--device", help="default: cuda if there is one")
+    add("--network", choices=("auto", "stock", "twin"), default="auto")
+    add("--no-compile", action="store_true")
+    add("--evals", type=int, default=4, help="evaluations, and checkpoints, on the way")
+    add("--eval-n", type=int, default=128, help="clips of each")
+    add("--final-n", type=int, default=256, help="clips of each final evaluation")
+    add("--gate", type=float, default=0.97, help="acc_all that the export must reach")
+    for name in ("frames", "size", "batch", "warmup", "seed"):
+        add(f"--{name}", type=int, help="overrides the model's recipe")
+    for name in ("lr", "shift", "decay", "high", "ema"):
+        add(f"--{name}", type=float, help="overrides the model's recipe")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

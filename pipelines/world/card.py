@@ -1,0 +1,126 @@
+"""A model's card: README.md, written from the log of its training run and nothing else.
+
+A log is a list of rows, dictionaries with an "event": start, train, eval, real, final, done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from foveal.pipelines.world.models import TOY, ModelSpec
+from foveal.pipelines.world.prompts import HELD_OUT_TRIPLES
+from foveal.pipelines.world.training import Recipe
+from foveal.pipelines.world.vocabulary import FIELDS
+
+Row = dict[str, Any]
+
+LIMITS = """\
+- One object. The slots of a second one exist in the vocabulary and were null throughout training.
+- With one object every attribute saturates: accuracies at 1.0 cannot rank attention methods. Rank them by world_psnr,
+  jitter and fidelity to the dense sample.
+- The reader knows eight colours and eight directions, so near-misses count as right.
+- Large objects that move along an axis are cut by the border, in training and in samples.
+- Made for its own clip size; at other sizes quality is not to be expected.
+- One training run with one seed: nothing is known about the spread between runs.
+- Pixels in patches of 4 x 4 instead of latents: tile seams show more than in large latent models.
+- Numbers of this model are never numbers of Wan or any other large model."""
+
+
+def card(spec: ModelSpec, recipe: Recipe, rows: Sequence[Row], params: int, commands: Sequence[str]) -> str:
+    """Markdown: what the model is, its data, recipe, commands, curve, metrics beside real clips, and limits."""
+    sections = [
+        f"# {spec.id}\n\n{TOY[0].upper()}{TOY[1:]}.\n\n{_facts(spec, params)}",
+        f"## Data\n\n{_data(recipe)}",
+        f"## Recipe\n\n{_recipe(recipe, rows)}\n\n```\n" + "\n".join(commands) + "\n```",
+        f"## Curve\n\n{_curve(rows)}",
+        f"## Metrics\n\n{_metrics(rows)}",
+        f"## Limits\n\n{LIMITS}",
+        "## Licence\n\nApache-2.0, weights included. The training data is rendered by foveal itself.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _facts(spec: ModelSpec, params: int) -> str:
+    net = spec.transformer
+    rows = [
+        ("class", f"diffusers `WanTransformer3DModel`, patches {tuple(net['patch_size'])} of pixels, no VAE"),
+        ("parameters", f"{params:,}, fp16 file, meant for fp32 use"),
+        ("layers, heads", f"{net['num_layers']}, {net['num_attention_heads']} x {net['attention_head_dim']}"),
+        ("clip, tokens", f"{spec.frames} x {spec.size} x {spec.size}, {spec.tokens:,} ({_times(spec.grid)})"),
+        ("sampler", f"Euler, {spec.steps} steps, guidance {spec.guidance:g}, shift {spec.shift:g}"),
+    ]
+    return _table(("", ""), rows)
+
+
+def _data(recipe: Recipe) -> str:
+    count = " x ".join(f"{len(words)} {field}s" for field, words in FIELDS.items())
+    held = "; ".join(" ".join(triple) for triple in sorted(HELD_OUT_TRIPLES))
+    return (
+        f"A procedural world (`foveal/pipelines/world/render.py`), rendered during training at {recipe.frames} frames "
+        f"of {recipe.size} x {recipe.size} pixels: one object, {count}. No clip is seen twice.\n\n"
+        f"Held out of training, {len(HELD_OUT_TRIPLES)} of 360 (colour, shape, motion) triples: {held}."
+    )
+
+
+def _recipe(recipe: Recipe, rows: Sequence[Row]) -> str:
+    start, done = _last(rows, "start"), _last(rows, "done")
+    return (
+        f"Flow matching (velocity, unweighted), AdamW (.9, .98), peak learning rate {recipe.lr:g}, warm-up "
+        f"{recipe.warmup} steps, linear decay to 2 % over the last {recipe.decay:.0%}, weight decay "
+        f"{recipe.weight_decay:g}, gradient norm {recipe.clip:g}, batch {recipe.batch}, weights averaged at "
+        f"{recipe.ema:g}, prompts dropped {recipe.dropout:.0%}; noise levels: {1 - recipe.high:.0%} logit-normal with "
+        f"shift {recipe.shift:g}, {recipe.high:.0%} uniform in [.9, 1]. Seed {recipe.seed}.\n\n"
+        f"{done.get('step', 0):,} steps, {done.get('clips', 0):,} clips, {done.get('seconds', 0):.0f} s on "
+        f"{start.get('device', 'an unknown device')}, torch {start.get('torch', 'unknown')}."
+    )
+
+
+def _curve(rows: Sequence[Row]) -> str:
+    rates = [f"acc_{name}" for name in ("colour", "size", "shape", "motion", "scene", "all")]
+    names = ["seconds", "clips", "loss", *rates, "world_psnr", "jitter"]
+    picked = [row for row in rows if row["event"] == "eval"]
+    if not picked:
+        return "No evaluation was made during training."
+    return _table(names, [[_show(row.get(name)) for name in names] for row in picked])
+
+
+def _metrics(rows: Sequence[Row]) -> str:
+    names = ("acc_all", "95 % interval", "world_psnr", "jitter", "angle error")
+    body = []
+    for row in rows:
+        if row["event"] not in ("real", "final"):
+            continue
+        ci = row["acc_all_ci95"]
+        label = "real clips (upper bound)" if row["event"] == "real" else _setting(row)
+        values = [_show(row["acc_all"]), f"{ci[0]:.3f} - {ci[1]:.3f}", *(_show(row.get(n)) for n in _UNSATURATED)]
+        body.append([label, str(row["n"]), *values])
+    note = "Averaged weights; all six attributes right (Wilson interval), dB, fraction of the frame, degrees.\n\n"
+    return note + _table(("clips", "n", *names), body)
+
+
+_UNSATURATED = ("world_psnr", "jitter", "angle_error")
+
+
+def _setting(row: Row) -> str:
+    kind = "held-out triples" if row["held_out"] else "seen triples"
+    return f"{kind}, {row['steps']} steps, guidance {row['guidance']:g}"
+
+
+def _last(rows: Sequence[Row], event: str) -> Row:
+    return next((row for row in reversed(rows) if row["event"] == event), {})
+
+
+def _show(value: Any) -> str:
+    if value is None or value != value:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _times(values: Sequence[int]) -> str:
+    return " x ".join(map(str, values))
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

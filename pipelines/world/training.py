@@ -1,0 +1,144 @@
+"""Flow-matching training on clips rendered inside the step.
+
+Notable choices
+- All random numbers of a step come from (seed, step): a resumed run repeats an uninterrupted one.
+- AdamW (.9, .98) on fp32 weights, bf16 autocast on GPUs, unweighted velocity loss, an exponential average of the
+  weights.
+- The caller says how far the run is (`progress` in [0, 1]), by step or by wall time; the learning rate warms up by
+  step, stays, and falls linearly to 2 % over the last part.
+
+B clips, T frames, S height = width
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveal.pipelines.world.flow import draw_sigmas, to_latents, velocity
+from foveal.pipelines.world.prompts import draw_attributes
+from foveal.pipelines.world.render import render
+from foveal.pipelines.world.vocabulary import word_ids
+
+FLOOR = 0.02  # last learning rate, relative to the peak
+SMOOTHING = 0.98  # of the logged loss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How one stage is trained; every field is a number the card repeats."""
+
+    frames: int
+    size: int
+    batch: int
+    lr: float = 1e-3  # peak learning rate
+    warmup: int = 200  # steps
+    decay: float = 0.4  # last part of the run in which the learning rate falls
+    shift: float = 6.0  # of the noise levels; higher trains more at high noise
+    high: float = 0.25  # share of clips with sigma ~ U(.9, 1)
+    dropout: float = 0.1  # share of clips without a prompt, for guidance
+    ema: float = 0.999  # ramps up as (1 + step) / (10 + step)
+    weight_decay: float = 0.01  # not on vectors and tables
+    clip: float = 1.0  # gradient norm
+    seed: int = 1
+
+
+RECIPES: dict[str, Recipe] = {
+    "world-nano": Recipe(frames=8, size=32, batch=256),
+    "world-video": Recipe(frames=16, size=64, batch=64, lr=6e-4, warmup=100, shift=8.0),
+    "tiny": Recipe(frames=4, size=16, batch=8, lr=2e-3, warmup=5, ema=0.9),
+}
+
+
+class Trainer:
+    """A model, its text table and everything that changes while they are trained.
+
+    Attributes: step (steps done), loss (smoothed, 0-d tensor or None), named (parameters by name, "model." or
+    "text."), ema (their average, same order), optimizer.
+    """
+
+    def __init__(self, model: nn.Module, text: nn.Module, recipe: Recipe, device: torch.device) -> None:
+        self.model, self.text, self.recipe, self.device = model.to(device), text.to(device), recipe, device
+        self.named = {f"model.{name}": p for name, p in model.named_parameters()}
+        self.named |= {f"text.{name}": p for name, p in text.named_parameters()}
+        self.ema = {name: p.detach().clone() for name, p in self.named.items()}
+        self.optimizer = self._optimizer()
+        self.generator = torch.Generator(device=device)
+        self.step = 0
+        self.loss: Tensor | None = None
+
+    @property
+    def bf16(self) -> bool:
+        return self.device.type == "cuda"
+
+    def train_step(self, progress: float) -> Tensor:
+        """One step.  -> its loss, 0-d, not synchronised"""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.recipe, self.step, progress)
+        loss = self._loss()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        parameters = list(self.named.values())
+        nn.utils.clip_grad_norm_(parameters, self.recipe.clip)
+        self.optimizer.step()
+        keep = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in parameters], 1 - keep)
+        loss = loss.detach()
+        self.loss = loss if self.loss is None else SMOOTHING * self.loss + (1 - SMOOTHING) * loss
+        self.step += 1
+        return loss
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model and the text table hold the averaged weights."""
+        kept = {name: p.detach().clone() for name, p in self.named.items()}
+        self.put(self.ema)
+        try:
+            yield
+        finally:
+            self.put(kept)
+
+    @torch.no_grad()
+    def put(self, weights: dict[str, Tensor]) -> None:
+        """Copy weights in, by name; every name must be there."""
+        for name, p in self.named.items():
+            p.copy_(weights[name])
+
+    def _loss(self) -> Tensor:
+        recipe, rng, device = self.recipe, self.generator, self.device
+        rng.manual_seed(recipe.seed * 1_000_003 + self.step)
+        attributes = draw_attributes(recipe.batch, rng)
+        x0 = to_latents(render(attributes, recipe.frames, recipe.size, rng))
+        ids = word_ids(attributes) * (torch.rand(recipe.batch, 1, generator=rng, device=device) >= recipe.dropout)
+        sigma = draw_sigmas(recipe.batch, recipe.shift, recipe.high, rng)
+        noise = torch.randn(x0.shape, generator=rng, device=device)
+        level = sigma.view(-1, 1, 1, 1, 1)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            v = velocity(self.model, (1 - level) * x0 + level * noise, sigma * 1000, self.text(ids))
+        return (v.float() - (noise - x0)).pow(2).mean()
+
+    def _optimizer(self) -> torch.optim.AdamW:
+        free = [n for n, p in self.named.items() if p.ndim < 2 or "table" in n or n.startswith("text.")]
+        groups = [
+            {"params": [p for n, p in self.named.items() if n not in free], "weight_decay": self.recipe.weight_decay},
+            {"params": [self.named[n] for n in free], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=self.recipe.lr, betas=(0.9, 0.98), fused=self.device.type == "cuda")
+
+
+def learning_rate(recipe: Recipe, step: int, progress: float) -> float:
+    """Peak rate x linear warm-up by step x linear decay by progress."""
+    warm = min(1.0, (step + 1) / recipe.warmup)
+    late = max(0.0, progress - (1 - recipe.decay)) / recipe.decay if recipe.decay > 0 else 0.0
+    return recipe.lr * warm * max(FLOOR, 1 - (1 - FLOOR) * late)
+
+
+def start_from_nothing(model: Any) -> None:
+    """Zero the output layer, so that the first prediction is zero velocity."""
+    nn.init.zeros_(model.proj_out.weight)
+    nn.init.zeros_(model.proj_out.bias)

@@ -1,0 +1,204 @@
+"""One model entered: its layers bound, its root followed, its order hook in place, and the way back.
+
+* Layers are found as diffusers finds them (by attention class) and chosen by role first, then by ``layers``.
+* A processor with weights of its own (an IP adapter) is left alone, and the record says so: wrapped, its weights would vanish from
+  the model's state.
+* The attachment lives on the model itself, so that a second ``accelerate`` finds the first and the originals stay the first ones.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from foveal.plugins.accelerate import AccelerateError, Layers
+from foveal.plugins.diffusers_host import private
+from foveal.plugins.diffusers_host.bound import NO_CONTEXT_PARALLEL, BoundProcessor, bound_class
+from foveal.plugins.diffusers_host.grid import Layout
+from foveal.plugins.diffusers_host.layer import Layer
+from foveal.plugins.diffusers_host.order_hook import OrderHook
+from foveal.plugins.diffusers_host.roles import role_of
+from foveal.plugins.diffusers_host.root_hook import Binder, Frame, Tracker, follow
+from foveal.plugins.method import Method
+from foveal.plugins.record import Record
+
+KEY = "_foveal"
+LEVELS = ("Transformer2DModel", "AnimateDiffTransformer3D")  # modules whose input shows the grid of their level
+OWN_WEIGHTS = "the processor has weights of its own (an IP adapter, for instance)"
+
+
+def attached(model: nn.Module) -> Attachment | None:
+    """The attachment a model carries now."""
+    return model.__dict__.get(KEY)
+
+
+class Attachment:
+    """What was done to one model; ``remove()`` undoes it to the bit."""
+
+    def __init__(self, target: nn.Module, component: str, method: Method, record: Record) -> None:
+        self.compiled = target if hasattr(target, "_orig_mod") else None
+        self.model: nn.Module = getattr(target, "_orig_mod", target)
+        self.component, self.method, self.record = component, method, record
+        self.frame = Frame()
+        self.handle: Any = None
+        self.bound: dict[str, BoundProcessor] = {}
+        self._undo: list[Callable[[], Any]] = []
+        self._first_call = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None  # a copy of the model is not accelerated
+
+    # ---- entering
+    def choose(self, layers: Layers, roles: Sequence[str]) -> None:
+        """Choose the layers; raises ``AccelerateError`` before anything is touched."""
+        if private.context_parallel(self.model):
+            raise AccelerateError(NO_CONTEXT_PARALLEL)
+        backend = private.active_backend()
+        if type(self.model).__name__.startswith("Cosmos") and "native" not in backend:
+            raise AccelerateError(
+                f"Cosmos follows the process-wide attention backend, which is {backend!r}; set it to 'native' first."
+            )
+        self.chosen = choose_layers(self.model, self.component, layers, roles)
+
+    def enter(self) -> None:
+        """Bind the chosen layers; an attachment the model already has goes first, with its originals restored."""
+        old = attached(self.model)
+        if old is not None:
+            old.handle.release(old)
+        self.order_hook = OrderHook(self.model, self.method.order, self.record.note)
+        self._undo.append(self.order_hook.remove)
+        self.tracker = Tracker(self)
+        self._undo += follow(self.tracker, self.model if self.compiled is None else self.compiled, self.model)
+        self._bind()
+        self._watch_levels()
+        self.model.__dict__[KEY] = self
+        self._undo.append(partial(self.model.__dict__.pop, KEY, None))
+
+    def _bind(self) -> None:
+        label, layers = self.method.label, len(self.chosen)
+        for index, (name, role) in enumerate(self.chosen):
+            module = self.model.get_submodule(name)
+            original: Any = module.processor
+            row = self.record.add_layer(self.component, name, role, index, label)
+            if isinstance(original, nn.Module):
+                row.left_alone = OWN_WEIGHTS
+                continue
+            make = partial(Layer, name, role, index, layers, self.method, self.frame, self.record, row)
+            self.bound[name] = bound_class(type(original))(original, make)
+            set_processor(module, self.bound[name])
+
+    def _watch_levels(self) -> None:
+        for name, module in self.model.named_modules():
+            if type(module).__name__ in LEVELS:
+                inside = [b.layer for n, b in self.bound.items() if n.startswith(name + ".")]
+                hook = partial(_local_layout, Binder(type(module).forward), inside)
+                self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+    # ---- while it runs
+    def new_run(self, keep_calls: bool = False) -> None:
+        """Forget what methods kept; ``keep_calls`` goes on counting model calls."""
+        if not keep_calls:
+            self.tracker.reset()
+        for bound in self.bound.values():
+            bound.layer.states.clear()
+
+    def check_first_call(self) -> None:
+        """After the first model call: a bound layer that was never asked is a layer we did not catch."""
+        if not self._first_call:
+            return
+        self._first_call = False
+        layers = [self.bound[name].layer for name in self.still_bound()]
+        silent = [layer.name for layer in layers if not layer.seen and layer.role in ("self", "joint")]
+        if silent:
+            sentence = f"{len(silent)} bound layers of {type(self.model).__name__} made no attention call: {', '.join(silent)}."
+            self.record.note(sentence)
+            warnings.warn(sentence, stacklevel=2)
+        if self.frame.steps is None and isinstance(self.method.dense_steps, float) and 0 < self.method.dense_steps < 1:
+            self.record.note(
+                "dense_steps is a fraction, but the number of steps is unknown here, so no step ran dense; "
+                "accelerate the pipeline, or give a number of steps."
+            )
+
+    def still_bound(self) -> list[str]:
+        """Names of the layers that still hold our processor."""
+        return [
+            n for n, bound in self.bound.items() if getattr(self.model.get_submodule(n), "processor", None) is bound
+        ]
+
+    def state_bytes(self) -> int:
+        return sum(state.bytes() for bound in self.bound.values() for state in bound.layer.states.values())
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Learned parts of the method for this model."""
+        return dict(self.method.parameters(self.model))
+
+    # ---- leaving
+    def remove(self) -> None:
+        """Restore the originals in the layers that still hold ours, and take every hook out."""
+        for name in self.still_bound():
+            set_processor(self.model.get_submodule(name), self.bound[name].original)
+        for undo in reversed(self._undo):
+            undo()
+        self.bound, self._undo = {}, []
+
+
+def choose_layers(model: nn.Module, component: str, layers: Layers, roles: Sequence[str]) -> list[tuple[str, str]]:
+    """(qualified name, role) of the layers to bind, in module order. Raises ``AccelerateError`` when there are none."""
+    classes = private.attention_classes()
+    found = [
+        (name, role_of(model, name))
+        for name, module in model.named_modules()
+        if isinstance(module, classes) and getattr(module, "processor", None) is not None
+    ]
+    where = f"{component} ({type(model).__name__})" if component else type(model).__name__
+    of_role = [(name, role) for name, role in found if role in roles]
+    if not of_role:
+        seen = ", ".join(sorted({role for _, role in found})) or "no attention at all"
+        raise AccelerateError(f"{where} has no attention layers of the roles {', '.join(roles)}; it has: {seen}.")
+    chosen = _select(of_role, layers)
+    if not chosen:
+        names = ", ".join(name for name, _ in of_role[:3])
+        raise AccelerateError(
+            f"layers={layers!r} selects none of the {len(of_role)} attention layers of {where} ({names}, ...)."
+        )
+    return chosen
+
+
+def _select(found: list[tuple[str, str]], layers: Layers) -> list[tuple[str, str]]:
+    if layers is None:
+        return found
+    if callable(layers):
+        return [item for item in found if layers(item[0])]
+    wanted = [layers] if isinstance(layers, str) else list(layers)
+    indices = {int(i) for i in wanted if not isinstance(i, str)}
+    if any(not -len(found) <= i < len(found) for i in indices):
+        raise AccelerateError(f"layers={layers!r} names a layer outside 0 to {len(found) - 1}.")
+    indices = {i % len(found) for i in indices}
+    patterns = [p for p in wanted if isinstance(p, str)]
+    return [
+        item for i, item in enumerate(found) if i in indices or any(fnmatch.fnmatchcase(item[0], p) for p in patterns)
+    ]
+
+
+def set_processor(module: Any, processor: Any) -> None:
+    """The module's own setter where it has one (Mochi's has none)."""
+    if hasattr(module, "set_processor"):
+        module.set_processor(processor)
+    else:
+        module.processor = processor
+
+
+def _local_layout(
+    bind: Binder, layers: list[Layer], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Each level of a UNet has its own grid; motion modules attend over frames at every pixel."""
+    call = bind(args, kwargs)
+    h, w = call["hidden_states"].shape[-2:]
+    for layer in layers:
+        grid = (int(call["num_frames"]), 1, 1) if layer.role == "temporal" else (1, int(h), int(w))
+        layer.local = Layout(grid, text=0)

@@ -1,0 +1,168 @@
+"""One bound attention layer: where the call is (its site), what the method does with it, and the dense way out.
+
+Letters: B batch, H heads, N query tokens, M key tokens, D head dim. diffusers' layout is [B, N, H, D].
+
+* A call that cannot be placed for certain runs dense, and the record names why: never a wrong picture.
+* State lives per (layer, branch) and per run. Inside a backward pass (gradient checkpointing recomputes there) the method gets a
+  copy, so that recomputing changes nothing, and nothing is recorded.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from foveal.kernels.block_sparse import BlockPlan, block_sparse_attention
+from foveal.plugins.clock import start_clock, stop_clock
+from foveal.plugins.diffusers_host.grid import UNKNOWN, Layout
+from foveal.plugins.diffusers_host.root_hook import Frame
+from foveal.plugins.method import Method
+from foveal.plugins.record import LayerRecord, Record
+from foveal.plugins.site import Site, Span, State
+
+Dense = Callable[["Core"], Tensor]
+
+# Layers by ticket, for the operator that stands for them in compiled graphs: a graph can carry a number, not an object.
+LIVE: MutableMapping[int, Layer] = weakref.WeakValueDictionary()
+_TICKETS = count()
+
+
+class Core(NamedTuple):
+    """Arguments of one attention call: q [B, N, H, D], k, v [B, M, Hkv, D]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None = None
+    scale: float | None = None
+    gqa: bool = False
+    causal: bool = False
+    dropout: float = 0.0
+
+
+class Result(NamedTuple):
+    """What a method gave: out [B, H, N, D], or None and the reason; its plan where there is one."""
+
+    out: Tensor | None
+    plan: BlockPlan | None = None
+    reason: str = ""
+
+
+@dataclass(eq=False)
+class Layer:
+    """One attention layer of an accelerated model."""
+
+    name: str
+    role: str
+    index: int
+    layers: int
+    method: Method
+    frame: Frame
+    record: Record
+    row: LayerRecord
+    dense: Dense
+    local: Layout | None = None  # the layout of this level of a UNet
+    states: dict[str | None, State] = field(default_factory=dict)
+    seen: bool = False
+
+    def __post_init__(self) -> None:
+        self.layer_id = torch.tensor(self.index)
+        ticket = next(_TICKETS)
+        self.ticket = torch.tensor(ticket)
+        LIVE[ticket] = self
+
+    def attend(self, core: Core) -> Tensor:
+        """-> [B, N, H, D]"""
+        self.seen = True
+        recomputing = torch._C._current_graph_task_id() != -1
+        site = self.place(core) if self.frame.active or recomputing else "attention outside a call of the whole model"
+        timing = self.record.timing and not recomputing
+        mark = start_clock(core.q.device) if timing else None
+        result = Result(None, reason=site) if isinstance(site, str) else self._try_method(core, site, recomputing)
+        out = self.dense(core) if result.out is None else result.out.transpose(1, 2)
+        if not recomputing:
+            self._write(core, result, stop_clock(mark))
+        return out
+
+    def _try_method(self, core: Core, site: Site, recomputing: bool) -> Result:
+        q, k, v = (x.transpose(1, 2) for x in core[:3])
+        if self.record.wants(self.index, site.step) and not recomputing:
+            self.record.keep(site, q, k, v)
+        state = self.states.setdefault(site.branch, State())
+        return run_method(self.method, q, k, v, site, State(dict(state.values)) if recomputing else state)
+
+    def _write(self, core: Core, result: Result, lap: Any) -> None:
+        if result.out is None:
+            self.record.ran_dense(self.row, self.frame.step, result.reason, lap)
+        else:
+            self.record.ran_sparse(self.row, self.frame.step, result.plan, core.q.transpose(1, 2), lap)
+
+    def place(self, core: Core) -> Site | str:
+        """The site of a call, or why it has none."""
+        frame, n = self.frame, core.q.shape[1]
+        layout = frame.layout if self.local is None else self.local
+        if core.causal:
+            return "causal attention"
+        if core.dropout:
+            return "attention dropout"
+        if layout.grid is None:
+            return layout.reason or UNKNOWN
+        if core.k.shape[1] != n:
+            return "queries and keys are not the same tokens"
+        text = _text_tokens(layout, self.role, n)
+        if text is None:
+            return "the sequence does not fit the token grid"
+        if layout.extra:
+            return "reference images or padding among the tokens"
+        valid = frame.valid_text if text and self.local is None else None
+        if valid is not None and valid.shape[0] != core.q.shape[0]:
+            return "text lengths of another batch"
+        if core.mask is not None and (valid is None or not _is_tail_padding(core.mask, n)):
+            return "an attention mask beyond padding of the text"
+        return self._site(layout, text, valid, core.scale)
+
+    def _site(self, layout: Layout, text: int, valid: Tensor | None, scale: float | None) -> Site:
+        frame, visual = self.frame, layout.visual
+        start = text if layout.text_first else 0
+        span = Span(0, text) if layout.text_first else Span(visual, visual + text)
+        assert layout.grid is not None
+        return Site(
+            role=self.role, name=self.name, layer=self.index, layers=self.layers, grid=layout.grid,
+            visual=Span(start, start + visual), step=frame.step, steps=frame.steps, branch=frame.branch,
+            text=span if text else None, valid_text=valid, ordered=frame.ordered and self.local is None,
+            scale=scale, layer_id=self.layer_id,
+        )  # fmt: skip
+
+
+def _text_tokens(layout: Layout, role: str, n: int) -> int | None:
+    """Text tokens in a sequence of n, or None when it cannot be this grid's sequence."""
+    text = n - layout.visual - layout.extra
+    if role != "joint":
+        return 0 if text == 0 else None
+    return text if text >= 0 and layout.text in (None, text) else None
+
+
+def _is_tail_padding(mask: Tensor, n: int) -> bool:
+    """A key mask [B, 1, 1, N]. Its values are the text lengths that the frame knows already."""
+    return mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1:] == (1, 1, n)
+
+
+def run_method(method: Method, q: Tensor, k: Tensor, v: Tensor, site: Site, state: State) -> Result:
+    """One method on one call. A method that writes ``attend`` itself may leave its plan in ``state["plan"]``."""
+    reason = method.stands_aside(site)
+    if reason is not None:
+        return Result(None, reason=reason)
+    if type(method).attend is not Method.attend:
+        out = method.attend(q, k, v, site, state)
+        plan = state.get("plan")
+        return Result(out, plan if isinstance(plan, BlockPlan) else None, "the method chose dense attention")
+    plan = method.plan(q, k, v, site, state)
+    if plan is None:
+        return Result(None, reason="the method chose dense attention")
+    return Result(block_sparse_attention(q, k, v, plan, scale=site.scale), plan)

@@ -1,0 +1,1 @@
+"""Plans outside the kernel: pictures, files, and PyTorch's BlockMask."""

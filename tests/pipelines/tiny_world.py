@@ -1,0 +1,33 @@
+"""An untrained model of the world in a folder, and configs that run on it in a second."""
+
+import torch
+
+from foveal.pipelines.world.export import export
+from foveal.pipelines.world.models import MODELS, build_transformer
+from foveal.pipelines.world.text import TextTable
+
+PROMPTS = [
+    "a large orange ring moving down-right on a navy striped background",
+    "a small red cross standing still on a gray plain background",
+]
+GRAT = {"name": "grat", "label": "GRAT", "knobs": {"group": [1, 4, 4], "b": 1}}
+
+
+def make_model(folder):
+    """A random transformer whose output is not zero, 4 x 4 x 4 tokens."""
+    torch.manual_seed(0)
+    network = build_transformer(MODELS["tiny"].transformer, "twin")
+    weights = {f"model.{k}": v + 0.02 * torch.randn_like(v) for k, v in network.state_dict().items()}
+    weights |= {f"text.{k}": v for k, v in TextTable(64).state_dict().items()}
+    export(folder / "tiny", MODELS["tiny"], weights)
+    return folder / "tiny"
+
+
+def config(folder, output, /, **changes):
+    """A config as plain data."""
+    base = {
+        "model": str(folder), "output": str(output), "prompts": PROMPTS, "seeds": [0, 1], "sampler": {"steps": 2, "guidance": 1.0},
+        "methods": [GRAT], "metrics": ["psnr", "ssim", "step_rel_l1", "world_psnr", "acc_all"], "rounds": 1,
+        "operator_rounds": 2, "step_samples": 1, "noise_floor_samples": 1, "device": "cpu",
+    }  # fmt: skip
+    return {**base, **changes}
