@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def permute_tokens(x: Tensor, order: Tensor) -> Tensor:
-    """x [B, H, N, D], order int [P] or [B, H, P] with -1 for padding (which takes row 0) -> [B, H, P, D], contiguous.
+    """x [B, H, N, D], order int [P] or [B, H, P] with -1 for padding (which takes row 0) -> [B, H, P, D]; tokens whose heads lie together stay so.
 
     Triton on NVIDIA devices, PyTorch elsewhere; the result is the same to the bit.
     """

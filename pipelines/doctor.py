@@ -14,7 +14,6 @@ from importlib.metadata import PackageNotFoundError, requires
 from typing import Any
 
 import torch
-from packaging.requirements import Requirement
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -46,7 +45,11 @@ def package_rows() -> list[dict[str, Any]]:
     rows = [
         {"name": "python", "version": sys.version.split()[0], "supported": ">=3.10", "required": True, "state": "ok"}
     ]
-    seen: dict[str, tuple[Requirement, bool]] = {}
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:  # then versions are not judged
+        return rows
+    seen: dict[str, tuple[Any, bool]] = {}
     for text in declared():
         requirement = Requirement(text)
         optional = requirement.marker is not None and "extra" in str(requirement.marker)
@@ -65,7 +68,7 @@ def declared() -> list[str]:
         return []
 
 
-def package_row(requirement: Requirement, required: bool) -> dict[str, Any]:
+def package_row(requirement: Any, required: bool) -> dict[str, Any]:
     found = package_version(requirement.name)
     if found is None:
         state = "missing" if required else "not installed (optional)"

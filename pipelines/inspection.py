@@ -92,7 +92,9 @@ def draw(plan: Any, call: Capture, out: Path, name: str, label: str) -> list[Pat
     from foveal.plugins.plans.picture import draw_block_map, draw_plan
 
     pictures = {
-        out / f"{name}.png": draw_plan(plan.to("cpu"), call.site.grid, visual=call.site.visual, title=label),
+        out / f"{name}.png": draw_plan(
+            plan.to("cpu"), call.site.grid, visual=call.site.visual, max_frames=24, title=label
+        ),
         out / f"{name}-blocks.png": draw_block_map(plan.to("cpu"), title=label),
     }
     try:

@@ -12,6 +12,7 @@ from typing import Any
 from foveal.pipelines.errors import UserError
 from foveal.pipelines.generator import Clip, Generator, OnStep
 from foveal.pipelines.host_info import synchronize
+from foveal.pipelines.load import others_watched
 from foveal.plugins.accelerate import accelerate
 from foveal.plugins.method import Method, MethodError
 from foveal.plugins.record import Capture, Record
@@ -30,16 +31,17 @@ def observe(
 ) -> tuple[Clip, dict[str, Any]]:
     """Sample with the method and without changing the pipeline for whoever comes next.
 
-    -> (clip, {"seconds": per sample, "record": summary}); times cover the whole call, loading and saving excluded, and so is
+    -> (clip, {"seconds": per sample, "record": summary, "others": processor share of other programs}); times cover the whole call, loading and saving excluded, and so is
     the time that `waited` reports (a run in turn with others).
     """
     with attached(generator, method) as handle:
         synchronize(generator.device)
         start = time.perf_counter()
-        clip = generator.sample(prompts, seeds, on_step, steps)
-        synchronize(generator.device)
+        with others_watched() as others:
+            clip = generator.sample(prompts, seeds, on_step, steps)
+            synchronize(generator.device)
         seconds = time.perf_counter() - start - waited()
-        return clip, {"seconds": seconds / len(prompts), "record": summary(handle.record)}
+        return clip, {"seconds": seconds / len(prompts), "record": summary(handle.record), "others": others.share}
 
 
 def attached(generator: Generator, method: Method) -> Any:

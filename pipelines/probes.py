@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from foveal.pipelines.contestants import Contestant
-from foveal.pipelines.measure import time_operators
+from foveal.pipelines.load import others_watched
+from foveal.pipelines.measure import WARM_UP, time_operators
 from foveal.pipelines.metrics import FunctionMetric, Meta
 from foveal.pipelines.metrics.noise_floor import other_exact_backend
 from foveal.pipelines.metrics.teacher_forced import follow_trajectory, record_trajectory
@@ -126,9 +127,14 @@ def measure_operator(study: Study) -> None:
         save_plan(study, contestant, call)
     if wants_time:
         methods = {c.id: c.method for c in sparse}
-        with study.voice.bar("attention operator", study.config.operator_rounds + 3) as tick:
+        with (
+            study.voice.bar("attention operator", study.config.operator_rounds + WARM_UP) as tick,
+            others_watched() as others,
+        ):
             found = time_operators(call, methods, study.config.operator_rounds, tick)
-        study.store.note("operator", {"call": call_facts(call), "methods": found, "sitting": study.sitting})
+        study.store.note(
+            "operator", {"call": call_facts(call), "methods": found, "sitting": study.sitting, "others": others.share}
+        )
 
 
 def plan_path(study: Study, contestant: Contestant) -> Path:

@@ -6,7 +6,8 @@ Notable choices
 - Next to every end-to-end speed-up stands Amdahl's bound: with attention's share a of the dense time, no attention method can
   exceed 1 / (1 - a); at its density d it cannot be expected to exceed 1 / (1 - a + a d).
 - Times come from the timed rounds only, never from batches that were made for their pictures.
-- `step_spread` says how steady the machine was while it timed, `sittings` in how many processes the timed rounds ran: 1 is what a comparison should have.
+- `step_spread` and `others_cpu` say how steady and how free the machine was while it timed; `sittings` says in how many
+  processes the timed rounds ran: 1 is what a comparison should have.
 """
 
 from __future__ import annotations
@@ -83,9 +84,16 @@ def design(study: Study) -> dict[str, Any]:
         "prompts": list(study.config.prompts), "seeds": list(study.config.seeds), "base_seed": study.config.seeds[0],
         "dense_steps": json.loads(next(iter(steps))) if len(steps) == 1 else sorted(steps) or 0,
         "paired": True, "rounds": study.config.rounds, "interleaved": True, "batch": study.config.batch,
+        "metrics": [metric.id for metric in study.metrics],
         "sittings": len({r["sitting"] for r in rounds}) if rounds else None,
-        "step_spread": step_spread(study),
+        "step_spread": step_spread(study), "others_cpu": others_share(study, rounds),
     }  # fmt: skip
+
+
+def others_share(study: Study, rounds: list[dict[str, Any]]) -> float | None:
+    """The largest share of the processors that other programs used while something was timed."""
+    seen = [r["others"] for r in rounds] + [(study.store.noted("operator") or {}).get("others")]
+    return max((x for x in seen if x is not None), default=None)
 
 
 def step_spread(study: Study) -> float | None:

@@ -20,7 +20,7 @@ from foveal.pipelines.report.words import percent, ratio, significant
 DASH = "–"
 WIDTH = 200  # wide enough for any table; text is wrapped by the terminal
 MOST_METRICS = 5
-UNSTEADY = 0.15
+UNSTEADY, BUSY = 0.15, 0.1
 
 
 def print_outcome(document: dict[str, Any], console: Console) -> None:
@@ -72,11 +72,11 @@ def study_table(study: dict[str, Any]) -> Table:
 
 
 def metric_ids(study: dict[str, Any]) -> list[str]:
-    """The metrics that have numbers, in the order of the config, at most a handful."""
-    found = [entry["id"] for method in study["methods"] for entry in method["metrics"]]
-    order = list(dict.fromkeys(found))
-    fidelity = {e["id"] for m in study["methods"] for e in m["metrics"] if e["family"] == "fidelity"}
-    return sorted(order, key=lambda name: name not in fidelity)[:MOST_METRICS]
+    """The first metrics of the config that have numbers, at most a handful, fidelity before quality."""
+    design = study["design"].get("metrics", [])
+    found = {entry["id"]: entry["family"] for method in study["methods"] for entry in method["metrics"]}
+    order = [name for name in design if name in found] + [name for name in found if name not in design]
+    return sorted(order[:MOST_METRICS], key=lambda name: found[name] != "fidelity")
 
 
 def head_of(study: dict[str, Any], name: str) -> str:
@@ -134,10 +134,13 @@ def footnotes(study: dict[str, Any]) -> list[str]:
 
 
 def unsteady_sentence(study: dict[str, Any]) -> str:
-    spread = study["design"].get("step_spread")
-    if spread is None or spread <= UNSTEADY:
+    spread, others = study["design"].get("step_spread") or 0.0, study["design"].get("others_cpu") or 0.0
+    if spread <= UNSTEADY and others <= BUSY:
         return ""
-    return f"The machine was busy: dense steps, all equal work, differ by {percent(spread)} (quartiles). Repeat on a quiet one before you quote times."
+    return (
+        f"The machine was busy: other programs took up to {percent(others)} of the processors, and dense steps, all equal work, "
+        f"differ by {percent(spread)} (quartiles). Repeat on a quiet machine before you quote times."
+    )
 
 
 def bound_sentence(study: dict[str, Any]) -> str:

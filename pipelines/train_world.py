@@ -226,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, default=0.0, help="train for this wall time in all, evaluation included")
     add("--reserve", type=float, default=25.0, help="seconds of --seconds kept for the final evaluation")
     add("--resume", action="store_true", help="continue from --checkpoint")
-    add("--init", help="checkpoint folder of another run to take the weights from (an earlier, smaller stage)")
+    add("--init", help="checkpoint or exported folder of another run to take the weights from")
     add("--device", help="default: cuda if there is one")
     add("--network", choices=("auto", "stock", "twin"), default="auto")
     add("--no-compile", action="store_true")

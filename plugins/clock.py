@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-Mark = Any  # perf_counter seconds, or a CUDA event, or None where time is not taken
+Mark = Any  # perf_counter seconds, or a CUDA event and its device, or None where time is not taken
 Lap = Any  # seconds, or a pair of CUDA events, or None
 MANY = 64  # waiting event pairs, after which the finished ones are read
 
@@ -20,16 +20,17 @@ def start_clock(device: torch.device) -> Mark:
     if torch.cuda.is_current_stream_capturing():
         return None
     event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+    event.record(torch.cuda.current_stream(device))
+    return event, device
 
 
 def stop_clock(mark: Mark) -> Lap:
     """The lap since a mark: seconds, or an event pair that is read later."""
     if mark is None or isinstance(mark, float):
         return None if mark is None else time.perf_counter() - mark
-    now = start_clock(torch.device("cuda"))
-    return None if now is None else (mark, now)
+    event, device = mark
+    now = start_clock(device)
+    return None if now is None else (event, now[0])
 
 
 @dataclass

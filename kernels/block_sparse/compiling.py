@@ -19,19 +19,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from foveal.kernels.block_sparse.portable import block_sparse_forward
-from foveal.kernels.block_sparse.tiles import padded, tile_for
+from foveal.kernels.block_sparse.tiles import SHARED_EVERYWHERE, padded, tile_for
 
 CAPABILITIES = (80, 86, 89, 90, 120)
-SHARED_LIMIT = 99 * 1024  # bytes one block may use on consumer cards
 SWITCHES = (
-    "EVEN", "UNIFORM", "HAS_PARTIAL", "HAS_BITS", "HAS_BLOCK_BIAS", "HAS_KEY_BIAS", "HAS_PROXIES", "HAS_VAR", "HAS_DENSE",
+    "EVEN", "UNIFORM",
+    "TILED", "HAS_PARTIAL", "HAS_BITS", "HAS_BLOCK_BIAS", "HAS_KEY_BIAS", "HAS_PROXIES", "HAS_VAR", "HAS_DENSE",
     "HAS_Q_ORDER", "HAS_INIT", "NEED_LSE", "POSITIVE",
 )  # fmt: skip
 FEATURES: dict[str, set[str]] = {
-    "plain": {"EVEN", "UNIFORM", "HAS_DENSE", "HAS_Q_ORDER", "POSITIVE"},
-    "ragged": {"HAS_DENSE", "NEED_LSE", "POSITIVE"},
+    "plain": {"EVEN", "UNIFORM", "TILED", "HAS_DENSE", "HAS_Q_ORDER", "POSITIVE"},
+    "ragged": {"UNIFORM", "TILED", "HAS_DENSE", "NEED_LSE", "POSITIVE"},
     "masked": {"HAS_PARTIAL", "HAS_Q_ORDER", "POSITIVE"},
-    "everything": set(SWITCHES) - {"EVEN", "UNIFORM"},
+    "everything": set(SWITCHES) - {"EVEN", "UNIFORM", "TILED"},
 }
 SHORT = {"bf16": "*bf16", "fp32": "*fp32"}
 
@@ -76,7 +76,7 @@ def _signature(dtype: str) -> dict[str, str]:
 
 
 def compile_variant(capability: int, dtype: str, head_dim: int, feature: str) -> Usage:
-    tile = tile_for(capability, 2 if dtype == "bf16" else 4, head_dim)
+    tile = tile_for(capability, SHARED_EVERYWHERE, 2 if dtype == "bf16" else 4, head_dim)
     on = FEATURES[feature]
     constants: dict[str, Any] = {name: name in on for name in SWITCHES}
     constants |= {
@@ -87,7 +87,7 @@ def compile_variant(capability: int, dtype: str, head_dim: int, feature: str) ->
         "STAGES": tile.stages,
         "AXES": 4 if "HAS_PARTIAL" in on else 0,
     }
-    constants |= {"KSUB": 4 if "EVEN" in on else 0}
+    constants |= {"KSUB": 4 if "TILED" in on else 0}
     constants |= {n: 1 for n in ("q_d", "k_d", "v_d", "o_d", "io_d")}
     signature = {n: ("constexpr" if n in constants else kind) for n, kind in _signature(dtype).items()}
     names = block_sparse_forward.arg_names

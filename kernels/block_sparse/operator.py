@@ -57,7 +57,7 @@ def flatten(plan: BlockPlan) -> tuple[list[Tensor], str, list[int]]:
     live = {n: x for n, x in named.items() if x is not None}
     ranges = [x for pair in plan.dense_rows for x in pair]
     sizes = [plan.n_queries, plan.n_keys, plan.max_q_len, plan.max_kv_len, int(bool(plan.covers)), int(plan.ordered)]
-    sizes += [int(bool(plan.equal_kv_len)), plan.kv_stride, *ranges]
+    sizes += [int(bool(plan.tiled)), plan.kv_stride, *ranges]
     return list(live.values()), ",".join(live), sizes
 
 
@@ -71,7 +71,7 @@ def unflatten(
     ranges = tuple(zip(sizes[8::2], sizes[9::2], strict=True))
     return BlockPlan(
         n_queries=sizes[0], n_keys=sizes[1], max_q_len=sizes[2], max_kv_len=sizes[3], covers=bool(sizes[4]), ordered=bool(sizes[5]),
-        equal_kv_len=bool(sizes[6]), kv_stride=sizes[7],
+        tiled=bool(sizes[6]), kv_stride=sizes[7],
         dense_rows=ranges, box=box, proxies=proxies, trusted=True, **named,
     )  # fmt: skip
 

@@ -73,9 +73,10 @@ class BlockPlan:
     block_bias          fp32 [Bm, Hm, C] or [Bm, Hm, R, C], natural log, added to the scaled scores; -inf removes the block
     key_bias            fp32 [Bm, Hm, Pk], natural log, in plan positions; -inf removes the key
     proxies             pooled stand-ins for the blocks that are not listed
-    max_q_len, max_kv_len, covers, equal_kv_len, kv_stride   host facts, worked out here unless the maker gives them: the longest
-                    blocks, whether blocks cover all queries, whether all key blocks are equally long, and the spacing of key
-                    blocks when block c starts at c * kv_stride (0 = no such spacing). Without them a plan made on a device waits once.
+    max_q_len, max_kv_len, covers, kv_stride, tiled   host facts, worked out here unless the maker gives them: the longest blocks;
+                    whether blocks cover all queries; the spacing of key blocks when block c starts at c * kv_stride (else 0);
+                    and whether every key block then fills its spacing, the last one cut by the end of the sequence.
+                    Without them a plan made on a device waits once.
     pairs               attended (query, key) pairs of one head after every mask, when the maker knows it
     trusted             True skips the value checks (shapes are always checked): for makers that guarantee them, and that put
                     -inf in key_bias where kv_order is -1
@@ -106,8 +107,8 @@ class BlockPlan:
     max_q_len: int = -1
     max_kv_len: int = -1
     covers: bool | None = None
-    equal_kv_len: bool | None = None
     kv_stride: int = -1
+    tiled: bool | None = None
     pairs: int | None = None
     label: str = ""
     trusted: bool = False
@@ -128,11 +129,16 @@ class BlockPlan:
             object.__setattr__(self, "max_kv_len", int(self.kv_len.max()) if self.kv_len.numel() else 0)
         if self.covers is None:
             object.__setattr__(self, "covers", bool((self.q_len.sum(-1) == self.q_positions).all()))
-        if self.equal_kv_len is None:
-            object.__setattr__(self, "equal_kv_len", bool((self.kv_len == self.max_kv_len).all()))
+        steps = torch.arange(self.n_kv_blocks, device=self.kv_start.device) * self.max_kv_len
         if self.kv_stride < 0:
-            steps = torch.arange(self.n_kv_blocks, device=self.kv_start.device) * self.max_kv_len
-            object.__setattr__(self, "kv_stride", self.max_kv_len if bool((self.kv_start == steps).all()) else 0)
+            object.__setattr__(
+                self,
+                "kv_stride",
+                self.max_kv_len if self.n_kv_blocks > 1 and bool((self.kv_start == steps).all()) else 0,
+            )
+        if self.tiled is None:
+            filled = self.kv_len == (self.kv_positions - steps).clamp(max=self.max_kv_len)
+            object.__setattr__(self, "tiled", self.kv_stride > 0 and bool(filled.all()))
 
     # ---- sizes
     @property
@@ -195,7 +201,7 @@ class BlockPlan:
         Never waits for the device. ``max_kv_len`` bounds the new lengths (default: the present bound).
         """
         bound = self.max_kv_len if max_kv_len is None else max_kv_len
-        return dataclasses.replace(self, kv_len=kv_len, max_kv_len=bound, equal_kv_len=False, pairs=None, trusted=True)
+        return dataclasses.replace(self, kv_len=kv_len, max_kv_len=bound, tiled=False, pairs=None, trusted=True)
 
     def complement(self) -> BlockPlan:
         """The plan that visits exactly the blocks this one does not. Biases stay; proxies go.

@@ -18,7 +18,9 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-NOTHING = tl.constexpr(-1.0e30)  # the score of what a mask hides; real scores stay far above it
+# The score of what a mask hides; real scores stay far above it. A power of two, so that scaling it is exact and the fused
+# multiply-subtract of a row that has seen nothing yet is exactly 0: any rounding there would be astronomically large.
+NOTHING = tl.constexpr(-1.2676506002282294e30)  # -2^100
 
 
 @triton.jit
@@ -83,7 +85,7 @@ def listed_block(listing, slot, last):
 # Integers that change with length or plan: not specialised, so that a new resolution compiles nothing. The strides of q, k, v and
 # out are: that they are multiples of 16 is what makes wide copies possible.
 UNSPECIALISED = (
-    "H", "N", "C", "K_WIDTH", "PQ", "PK", "WORDS", "GROUP", "QSUB", "ksub_any", "scale",
+    "H", "N", "C", "K_WIDTH", "PQ", "PK", "WORDS", "GROUP", "QSUB", "ksub_any", "kv_stride", "scale",
     "qs_b", "qs_h", "ql_b", "ql_h", "ks_b", "ks_h", "kl_b", "kl_h", "c_b", "c_h", "f_b", "f_h", "i_b", "i_h", "qo_b", "qo_h",
     "rb_b", "rb_h", "bb_b", "bb_h", "bb_r", "kb_b", "kb_h", "pn_b", "pn_h", "li_b", "li_h",
 )  # fmt: skip
@@ -96,9 +98,9 @@ def block_sparse_forward(
     ProxyK, ProxyV, ProxyN, ProxyVar, Listed,
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, o_b, o_h, o_n, o_d, io_b, io_h, io_n, io_d, p_b, p_h, p_c, pv_b, pv_h, pv_c, var_b, var_h, var_c,
     qs_b, qs_h, ql_b, ql_h, ks_b, ks_h, kl_b, kl_h, c_b, c_h, f_b, f_h, i_b, i_h, qo_b, qo_h, rb_b, rb_h, bb_b, bb_h, bb_r, kb_b, kb_h, pn_b, pn_h, li_b, li_h,
-    scale, H, N, C, K_WIDTH, PQ, PK, WORDS, GROUP, QSUB, ksub_any,
+    scale, H, N, C, K_WIDTH, PQ, PK, WORDS, GROUP, QSUB, ksub_any, kv_stride,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, KSUB: tl.constexpr, STAGES: tl.constexpr,
-    EVEN: tl.constexpr, UNIFORM: tl.constexpr, HAS_PARTIAL: tl.constexpr, AXES: tl.constexpr, HAS_BITS: tl.constexpr, HAS_BLOCK_BIAS: tl.constexpr,
+    EVEN: tl.constexpr, UNIFORM: tl.constexpr, TILED: tl.constexpr, HAS_PARTIAL: tl.constexpr, AXES: tl.constexpr, HAS_BITS: tl.constexpr, HAS_BLOCK_BIAS: tl.constexpr,
     HAS_KEY_BIAS: tl.constexpr, HAS_PROXIES: tl.constexpr, HAS_VAR: tl.constexpr, HAS_DENSE: tl.constexpr, HAS_Q_ORDER: tl.constexpr,
     HAS_INIT: tl.constexpr, NEED_LSE: tl.constexpr, POSITIVE: tl.constexpr,
 ):  # fmt: skip
@@ -152,8 +154,8 @@ def block_sparse_forward(
     # Addresses are looked up ahead: block ids two tiles, starts and lengths one tile, so that no load of keys waits for them.
     c = listed_block(listing, 0, n_all - 1)
     c_next = listed_block(listing, 1 // ksub, n_all - 1)
-    first = c * (ksub * BN) if UNIFORM else tl.load(starts + c)
-    size = ksub * BN if EVEN else tl.load(lengths + c)
+    first = c * kv_stride if UNIFORM else tl.load(starts + c)
+    size = tl.minimum(kv_stride, PK - first) if TILED else tl.load(lengths + c)
     for it in tl.range(0, n_full * ksub, num_stages=STAGES):
         begin = first + (it % ksub) * BN
         key_ok = keys < size - (it % ksub) * BN
@@ -162,7 +164,8 @@ def block_sparse_forward(
         v = load_rows(vbase + begin.to(tl.int64) * v_n, keys, key_ok, dims, v_n, v_d, not EVEN, PAD_D, D)
         if PLAIN:
             if not EVEN:
-                qk = tl.where(key_ok[None, :], qk, NOTHING)
+                if size - (it % ksub) * BN < BN:  # only the last tile of a block
+                    qk = tl.where(key_ok[None, :], qk, NOTHING)
             acc, peak, mass = absorb(acc, peak, mass, qk, v, scale)
         else:
             s = qk * scale
@@ -173,8 +176,8 @@ def block_sparse_forward(
             s = tl.where(key_ok[None, :], tl.maximum(s, NOTHING), NOTHING)
             acc, peak, mass = absorb(acc, peak, mass, s, v, 1.0)
         c = c_next
-        first = c * (ksub * BN) if UNIFORM else tl.load(starts + c)
-        size = ksub * BN if EVEN else tl.load(lengths + c)
+        first = c * kv_stride if UNIFORM else tl.load(starts + c)
+        size = tl.minimum(kv_stride, PK - first) if TILED else tl.load(lengths + c)
         c_next = listed_block(listing, (it + 2) // ksub, n_all - 1)
 
     if HAS_PARTIAL:
@@ -204,34 +207,34 @@ def block_sparse_forward(
             s = tl.where(ok, tl.maximum(s, NOTHING), NOTHING)
             acc, peak, mass = absorb(acc, peak, mass, s, v, 1.0)
             c = c_next
-            first = c * (ksub * BN) if UNIFORM else tl.load(starts + c)
-            size = ksub * BN if EVEN else tl.load(lengths + c)
+            first = c * kv_stride if UNIFORM else tl.load(starts + c)
+            size = tl.minimum(kv_stride, PK - first) if TILED else tl.load(lengths + c)
             c_next = listed_block(listing, (it + 2) // ksub, n_all - 1)
 
     if HAS_PROXIES:
         words = Listed + b64 * li_b + h64 * li_h + r.to(tl.int64) * ((C + 31) // 32)
         counts = ProxyN + b64 * pn_b + h64 * pn_h
         for at in tl.range(0, tl.where(live, C, 0), BN, num_stages=1):
-            c = at + keys
-            inside = c < C
-            pk = load_columns(ProxyK + b64 * p_b + hk * p_h, c, inside, dims, p_c, 1, True, PAD_D, D)
-            pv = load_rows(ProxyV + b64 * pv_b + hk * pv_h, c, inside, dims, pv_c, 1, True, PAD_D, D)
+            block = at + keys
+            inside = block < C
+            pk = load_columns(ProxyK + b64 * p_b + hk * p_h, block, inside, dims, p_c, 1, True, PAD_D, D)
+            pv = load_rows(ProxyV + b64 * pv_b + hk * pv_h, block, inside, dims, pv_c, 1, True, PAD_D, D)
             s = tl.dot(q, pk, input_precision="ieee") * scale
             if HAS_VAR:
-                var = load_columns(ProxyVar + b64 * var_b + hk * var_h, c, inside, dims, var_c, 1, True, PAD_D, D)
+                var = load_columns(ProxyVar + b64 * var_b + hk * var_h, block, inside, dims, var_c, 1, True, PAD_D, D)
                 square = q.to(tl.float32) * q.to(tl.float32)
                 # scale is in log2 units; scale^2 / 2 of the natural score is scale^2 / 2 * LN2 of this one
                 s += tl.dot(square.to(q.dtype), var.to(q.dtype), input_precision="ieee") * (0.5 * scale * scale * LN2)
-            n = tl.load(counts + c, mask=inside, other=0.0)
+            n = tl.load(counts + block, mask=inside, other=0.0)
             s += tl.log2(tl.maximum(n, 1e-30))[None, :]
             if HAS_BLOCK_BIAS:
                 s += (
-                    tl.load(BlockBias + b64 * bb_b + h64 * bb_h + r.to(tl.int64) * bb_r + c, mask=inside, other=0.0)[
-                        None, :
-                    ]
+                    tl.load(
+                        BlockBias + b64 * bb_b + h64 * bb_h + r.to(tl.int64) * bb_r + block, mask=inside, other=0.0
+                    )[None, :]
                     * LOG2E
                 )
-            hidden = (tl.load(words + c // 32, mask=inside, other=-1) >> (c % 32)) & 1
+            hidden = (tl.load(words + block // 32, mask=inside, other=-1) >> (block % 32)) & 1
             s = tl.where((inside & (n > 0) & (hidden == 0))[None, :], tl.maximum(s, NOTHING), NOTHING)
             acc, peak, mass = absorb(acc, peak, mass, s, pv, 1.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor
 from foveal.kernels.block_sparse import counting
 from foveal.kernels.block_sparse.plan import BlockPlan
 from foveal.kernels.block_sparse.portable import block_sparse_forward
-from foveal.kernels.block_sparse.tiles import Tile, padded, tile_for
+from foveal.kernels.block_sparse.tiles import SHARED_EVERYWHERE, Tile, padded, tile_for
 from foveal.kernels.order import permute_tokens
 
 LOG2E = 1.4426950408889634
+SPECIALISED_BLOCKS = 16  # fewer key blocks than this are not worth compiling a variant of their own
 
 
 def triton_attention(
@@ -28,7 +30,7 @@ def triton_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Shapes as in ``block_sparse_attention``; ``tile`` overrides the tuned tile sizes (for tuning and tests)."""
     b, h, n, d = q.shape
-    tile = tile or tile_for(_capability(q), q.element_size(), d)
+    tile = tile or tile_for(*_chip(q), q.element_size(), d)
     if not plan.ordered and plan.kv_order is not None:
         k, v = permute_tokens(k, plan.kv_order), permute_tokens(v, plan.kv_order)
     out = torch.empty_like(q) if plan.covers else torch.zeros_like(q)
@@ -39,11 +41,17 @@ def triton_attention(
     return out, lse
 
 
-def _capability(q: Tensor) -> int:
+def _chip(q: Tensor) -> tuple[int, int]:
+    """(capability, bytes of shared memory one program may use)."""
     if not q.is_cuda:
-        return 80  # the interpreter
-    major, minor = torch.cuda.get_device_capability(q.device)
-    return 10 * major + minor
+        return 80, SHARED_EVERYWHERE  # the interpreter
+    return _chip_of(q.device.index)
+
+
+@functools.lru_cache(maxsize=16)
+def _chip_of(device: int) -> tuple[int, int]:
+    facts = torch.cuda.get_device_properties(device)
+    return 10 * facts.major + facts.minor, facts.shared_memory_per_block_optin
 
 
 def _launch(
@@ -67,7 +75,9 @@ def _launch(
     dense = _derived(plan, "dense_flags", _dense_flags) if plan.dense_rows else None
     every = _derived(plan, "every_block", _every_block) if plan.dense_rows else None
     launch = _derived(plan, "launch_order", _launch_order)
-    even = bool(plan.equal_kv_len) and plan.max_kv_len % tile.BN == 0 and plan.max_kv_len > 0
+    uniform = plan.kv_stride > 0 and c >= SPECIALISED_BLOCKS
+    tiled = uniform and bool(plan.tiled)
+    even = tiled and plan.kv_stride % tile.BN == 0 and plan.kv_positions % plan.kv_stride == 0
     ksub = -(-plan.max_kv_len // tile.BN)
     qsub = -(-plan.max_q_len // tile.BM)
     geometry = (plan.q_start, plan.q_len, plan.kv_start, plan.kv_len, plan.count, plan.n_full, plan.index)
@@ -76,16 +86,15 @@ def _launch(
     init_strides = (0, 0, 0, 0) if init_out is None else init_out.stride()
     block_sparse_forward[(plan.n_q_blocks * qsub, b * h)](
         q, k, v, out, _or(lse, dummy), _or(init_out, dummy), _or(None if init_lse is None else init_lse.contiguous(), dummy),
-        *geometry, _or(dense, dummy),
-        _or(every, plan.index), launch, _or(optional[0], dummy),
+        *geometry, _or(dense, dummy), _or(every, plan.index), launch, _or(optional[0], dummy),
         _or(box and box.low, dummy), _or(box and box.high, dummy), _or(box and box.coord, dummy),
         _or(plan.row_bits, dummy), _or(plan.block_bias, dummy), _or(plan.key_bias, dummy),
         *(_or(None if x is None else _unit(x), dummy) for x in (pk, pv)), _or(pn, dummy), _or(None if var is None else _unit(var), dummy), _or(listed, dummy),
         *q.stride(), *k.stride(), *v.stride(), *out.stride(), *init_strides, *_head(pk), *_head(pv), *_head(var),
         *(s for x in geometry for s in _lead(x)), *(s for x in optional for s in _lead(x)), *block_strides, *_lead(plan.key_bias), *_lead(pn), *_lead(listed),
-        scale * LOG2E, h, n, c, plan.index.shape[-1], plan.q_positions, plan.kv_positions, (c + 31) // 32, h // k.shape[1], qsub, ksub,
-        D=d, DP=padded(d), BM=tile.BM, BN=tile.BN, KSUB=ksub if even else 0, STAGES=tile.stages,
-        EVEN=even, UNIFORM=even and plan.kv_stride == plan.max_kv_len, HAS_PARTIAL=plan.has_pair_masks, AXES=0 if box is None else box.low.shape[0],
+        scale * LOG2E, h, n, c, plan.index.shape[-1], plan.q_positions, plan.kv_positions, (c + 31) // 32, h // k.shape[1], qsub, ksub, plan.kv_stride,
+        D=d, DP=padded(d), BM=tile.BM, BN=tile.BN, KSUB=ksub if tiled else 0, STAGES=tile.stages,
+        EVEN=even, UNIFORM=uniform, TILED=tiled, HAS_PARTIAL=plan.has_pair_masks, AXES=0 if box is None else box.low.shape[0],
         HAS_BITS=plan.row_bits is not None, HAS_BLOCK_BIAS=plan.block_bias is not None, HAS_KEY_BIAS=plan.key_bias is not None,
         HAS_PROXIES=proxies is not None, HAS_VAR=var is not None, HAS_DENSE=dense is not None, HAS_Q_ORDER=q_order is not None,
         HAS_INIT=init is not None, NEED_LSE=lse is not None, POSITIVE=scale > 0, num_warps=tile.warps, num_stages=tile.stages,

@@ -7,6 +7,8 @@ import json
 from dataclasses import dataclass
 from importlib import resources
 
+SHARED_EVERYWHERE = 99 * 1024  # bytes of shared memory that every supported chip gives one program
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -30,12 +32,14 @@ def padded(head_dim: int) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def tile_for(capability: int, element_bytes: int, head_dim: int) -> Tile:
-    """capability: 10 * major + minor, e.g. 90. element_bytes: 2 or 4."""
+def tile_for(capability: int, shared: int, element_bytes: int, head_dim: int) -> Tile:
+    """capability: 10 * major + minor, e.g. 90. shared: bytes a program may use. element_bytes: 2 or 4."""
     dim = padded(head_dim)
     for row in _rows():
-        if row["capability"] <= capability and row["bytes"] == element_bytes and row["dim"] >= dim:
+        fits = row["capability"] <= capability and row.get("shared", SHARED_EVERYWHERE) <= shared
+        if fits and row["bytes"] == element_bytes and row["dim"] >= dim:
             return Tile(row["BM"], row["BN"], row["warps"], row["stages"])
     raise ValueError(
-        f"no tile sizes for capability {capability}, {element_bytes}-byte elements, head_dim {head_dim}; add a row to configs.json."
+        f"no tile sizes for capability {capability} with {shared} bytes of shared memory, {element_bytes}-byte elements and head_dim "
+        f"{head_dim}; add a row to configs.json."
     )

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from foveal.pipelines.world.export import FILES
 from foveal.pipelines.world.training import Trainer
 
 STATE = "state.json"
@@ -72,8 +73,13 @@ def resume(trainer: Trainer, folder: Path) -> dict[str, Any]:
 
 
 def start_from(trainer: Trainer, folder: Path) -> None:
-    """Take the raw (not averaged) weights of another run, at another clip size say, with a fresh optimizer."""
-    trainer.put(_part(_read(folder)[1], "weight"))
+    """Take the raw weights of another run's checkpoint, or the weights of an exported model, with a fresh optimizer."""
+    if (folder / FILES[0]).is_file():
+        model, text = (load_file(folder / name) for name in FILES)
+        weights = {f"model.{name}": x.float() for name, x in model.items()} | {name: x.float() for name, x in text.items()}
+    else:
+        weights = _part(_read(folder)[1], "weight")
+    trainer.put(weights)
     trainer.ema = {name: p.detach().clone() for name, p in trainer.named.items()}
 
 

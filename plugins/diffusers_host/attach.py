@@ -89,7 +89,8 @@ class Attachment:
                 row.left_alone = OWN_WEIGHTS
                 continue
             make = partial(Layer, name, role, index, layers, self.method, self.frame, self.record, row)
-            self.bound[name] = bound_class(type(original))(original, make)
+            kind: type = type(original)
+            self.bound[name] = bound_class(kind)(original, make)
             set_processor(module, self.bound[name])
 
     def _watch_levels(self) -> None:
@@ -129,9 +130,6 @@ class Attachment:
         return [
             n for n, bound in self.bound.items() if getattr(self.model.get_submodule(n), "processor", None) is bound
         ]
-
-    def state_bytes(self) -> int:
-        return sum(state.bytes() for bound in self.bound.values() for state in bound.layer.states.values())
 
     def parameters(self) -> dict[str, Tensor]:
         """Learned parts of the method for this model."""
@@ -174,7 +172,7 @@ def _select(found: list[tuple[str, str]], layers: Layers) -> list[tuple[str, str
         return found
     if callable(layers):
         return [item for item in found if layers(item[0])]
-    wanted = [layers] if isinstance(layers, str) else list(layers)
+    wanted: list[int | str] = [layers] if isinstance(layers, str) else list(layers)
     indices = {int(i) for i in wanted if not isinstance(i, str)}
     if any(not -len(found) <= i < len(found) for i in indices):
         raise AccelerateError(f"layers={layers!r} names a layer outside 0 to {len(found) - 1}.")

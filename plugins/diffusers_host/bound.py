@@ -140,7 +140,7 @@ class BoundProcessor:
 
     def dense(self, core: Core) -> Tensor:
         """What the model would have computed without us, by the same route. -> [B, N, H, D]"""
-        options = {"attn_mask": core.mask, "dropout_p": core.dropout, "is_causal": core.causal}
+        options: dict[str, Any] = {"attn_mask": core.mask, "dropout_p": core.dropout, "is_causal": core.causal}
         options |= {"scale": core.scale, "enable_gqa": core.gqa}
         if not self.by_backend:
             q, k, v = (x.transpose(1, 2) for x in core[:3])

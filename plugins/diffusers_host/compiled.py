@@ -48,9 +48,9 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, contiguous."""
     with _autograd_inside_an_operator(), torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        out = LIVE[int(ticket)].attend(Core(*leaves, mask, scale, gqa))
-        dq, dk, dv = torch.autograd.grad(out, leaves, grad)
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        out = LIVE[int(ticket)].attend(Core(q, k, v, mask, scale, gqa))
+        dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 

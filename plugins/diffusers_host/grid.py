@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -133,8 +133,8 @@ def _plain_image(model: nn.Module, call: dict[str, Any]) -> Layout:
 
 
 def _image(model: nn.Module, call: dict[str, Any]) -> Grid:
-    (h, w), config = call["hidden_states"].shape[-2:], model.config
-    return 1, h // int(config.patch_size), w // int(config.patch_size)
+    (h, w), config = call["hidden_states"].shape[-2:], cast(Any, model.config)
+    return 1, h // config.patch_size, w // config.patch_size
 
 
 def _qwen(model: nn.Module, call: dict[str, Any]) -> Layout:

@@ -16,6 +16,7 @@ from foveal.plugins.diffusers_host.attach import Attachment, attached
 from foveal.plugins.diffusers_host.summary import Summary
 from foveal.plugins.method import Method
 from foveal.plugins.record import Record
+from foveal.plugins.site import State
 
 COMPONENTS = ("transformer", "transformer_2", "unet")
 
@@ -66,9 +67,15 @@ class Handle:
         expected, bound = sum(len(a.bound) for a in self.attachments), len(self.still_bound())
         return f"{expected - bound} of {expected} layers hold another processor now; call foveal.accelerate again after whatever replaced them."
 
+    @property
+    def state(self) -> dict[tuple[str, str | None], State]:
+        """What the method keeps now, by qualified layer name and guidance branch."""
+        rows = [bound.layer for a in self.attachments for bound in a.bound.values()]
+        return {(layer.row.qualified, branch): state for layer in rows for branch, state in layer.states.items()}
+
     def state_bytes(self) -> int:
         """Memory held by the method's states."""
-        return sum(a.state_bytes() for a in self.attachments)
+        return sum(state.bytes() for state in self.state.values())
 
     def parameters(self) -> dict[str, Tensor]:
         """Learned parts of the method, by component and name."""

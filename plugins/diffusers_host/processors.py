@@ -33,8 +33,8 @@ class AttnProcessor:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise AccelerateError(
-            f"{type(self).__name__} is a template and cannot run by itself; give it to set_attn_processor of a model or "
-            "pipeline, or call foveal.accelerate."
+            f"{type(self).__name__} is a template and cannot run by itself; import it by name before the call to "
+            "set_attn_processor (from foveal import ...), or call foveal.accelerate."
         )
 
     def __repr__(self) -> str:

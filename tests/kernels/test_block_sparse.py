@@ -242,3 +242,26 @@ def test_merge_refuses_one_part_and_unequal_shapes():
         merge_attention(part)
     with pytest.raises(ValueError, match="same out shape"):
         merge_attention(part, (torch.zeros(1, 1, 5, 8), torch.zeros(1, 1, 5)))
+
+
+def test_two_thousand_gpu_cases_share_forty_compiled_variants(monkeypatch):
+    """What the GPU fuzz compiles, counted without a GPU: switches, dtypes and the integers Triton specialises on."""
+    from test_block_sparse_gpu import CASES, RECIPES, VARIANTS
+
+    from foveal.kernels.block_sparse import portable, portable_call
+
+    names, seen = portable.block_sparse_forward.arg_names, set()
+
+    def variant(*args, **switches):
+        loose = dict(zip(names, args, strict=False))
+        ints = [(n, x == 1, x % 16 == 0) for n, x in loose.items() if isinstance(x, int) and n not in portable.UNSPECIALISED]
+        kinds = [x.dtype for x in args if isinstance(x, Tensor)]
+        seen.add(str((ints, kinds, sorted(switches.items()))))
+
+    monkeypatch.setattr(portable_call, "block_sparse_forward", type("Kernel", (), {"__getitem__": lambda self, grid: variant})())
+    monkeypatch.setattr(portable_call, "_chip", lambda q: (90, 232448))
+    for recipe in RECIPES:
+        for seed in range(0, CASES // len(RECIPES), 4):
+            case = make_case(recipe, seed, longest=384)
+            portable_call.triton_attention(case.q, case.k, case.v, case.plan, case.scale, True, case.init)
+    assert len(RECIPES) <= len(seen) <= VARIANTS

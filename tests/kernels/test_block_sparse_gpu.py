@@ -10,7 +10,7 @@ from foveal.kernels.order import permute_tokens
 
 pytestmark = pytest.mark.gpu
 
-CASES = 2000
+CASES, VARIANTS = 2000, 40
 RECIPES = [
     *recipes((torch.bfloat16, torch.float16), (128, 64)),
     *recipes((torch.float16, torch.bfloat16, torch.float32), (64, 80, 32)),
@@ -30,6 +30,14 @@ def test_error_is_at_most_that_of_eager_attention(recipe: Recipe):
         assert ours <= 1.5 * eager + torch.finfo(recipe.dtype).eps / 2, (
             f"seed {seed}: error {ours:.2e}, eager {eager:.2e}"
         )
+    assert compiled() <= VARIANTS
+
+
+def compiled() -> int:
+    """Variants of the portable kernel compiled in this process."""
+    from foveal.kernels.block_sparse.portable import block_sparse_forward
+
+    return sum(len(cache[0]) for cache in block_sparse_forward.device_caches.values())
 
 
 def test_fifty_runs_are_bit_identical():
@@ -45,7 +53,7 @@ def test_no_variant_is_compiled_for_a_second_length():
     def call(longest: int) -> int:
         case = make_case(RECIPES[1], longest, "cuda", longest=longest)
         block_sparse_attention(case.q, case.k, case.v, case.plan)
-        return sum(len(cache[0]) for cache in block_sparse_forward.device_caches.values())
+        return compiled()
 
     call(300), call(320)
     before = call(340)

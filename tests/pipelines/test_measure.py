@@ -55,3 +55,36 @@ def test_methods_take_turns(call):
 
 def test_the_clock_covers_the_work():
     assert clock(lambda: torch.randn(400, 400) @ torch.randn(400, 400), torch.device("cpu")) > 0
+
+
+def test_other_programs_are_seen_and_we_are_not(tmp_path):
+    import subprocess
+    import sys
+    import time
+
+    from foveal.pipelines.load import busy_seconds, others_watched
+
+    if busy_seconds() is None:
+        pytest.skip("the kernel does not tell")
+    with others_watched() as quiet:
+        end = time.perf_counter() + 0.5
+        while time.perf_counter() < end:
+            pass
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        with others_watched() as watched:
+            time.sleep(1.0)
+    finally:
+        other.kill()
+        other.wait()
+    assert quiet.share is not None and 0 <= quiet.share <= 1
+    assert watched.share is not None and watched.share > 0.02
+
+
+def test_a_busy_machine_is_said_to_be_busy():
+    from foveal.pipelines.summary import unsteady_sentence
+
+    assert unsteady_sentence({"design": {"step_spread": 0.02, "others_cpu": 0.01}}) == ""
+    assert unsteady_sentence({"design": {"step_spread": None, "others_cpu": None}}) == ""
+    assert "40" in unsteady_sentence({"design": {"step_spread": 0.02, "others_cpu": 0.4}})
+    assert "30" in unsteady_sentence({"design": {"step_spread": 0.3, "others_cpu": None}})

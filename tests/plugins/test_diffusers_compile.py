@@ -90,7 +90,7 @@ def test_accelerate_first_then_whole_graph_says_what_to_do():
     model, inputs = wan_transformer(), wan_inputs()
     accelerate(model, "grat", **GRAT_KNOBS)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    with pytest.raises(Exception, match="compile it first, then call foveal.accelerate"):
+    with pytest.raises(Exception, match=r"compile it first, then call foveal\.accelerate"):
         run(compiled, inputs)
     assert issubclass(AccelerateError, ValueError)
 
