@@ -131,8 +131,10 @@ def time_rounds(study: Study) -> None:
     copies = study.generator.copies(len(names))
     generators = dict(zip(names, copies or [study.generator] * len(names), strict=True))
     cell = study.cells[0]
-    with study.voice.bar("timed rounds", (sum(map(len, todo.values())) * study.generator.steps) + len(names)) as tick:
-        for contestant in names.values():
+    warm_up = [] if study.generator.device.type == "cpu" else list(names.values())  # the captured call has warmed a CPU
+    total = sum(map(len, todo.values())) * study.generator.steps + len(warm_up)
+    with study.voice.bar("timed rounds", total) as tick:
+        for contestant in warm_up:
             observe(generators[contestant.id], contestant.method, [study.prompt(cell)], [cell.seed], steps=1)
             tick(f"warming up {contestant.label}")
         for number, lacking in todo.items():

@@ -1,0 +1,33 @@
+# make demo: the first look. make test: everything that needs no GPU. Both set up .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+
+.PHONY: demo test test-gpu bench lint check clean
+
+demo: $(STAMP)
+	$(BIN)/foveal demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-gpu:  ## in the environment of $(PYTHON), which needs torch for the GPU, triton, safetensors and pytest
+	PYTHONPATH=. $(PYTHON) -m pytest tests/kernels/test_block_sparse_gpu.py -m gpu
+
+bench:  ## on an NVIDIA GPU; writes benchmarks/results
+	PYTHONPATH=. $(PYTHON) benchmarks/static_methods.py
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p foveal
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
