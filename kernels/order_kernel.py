@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
 LONGEST_ROW = 8192  # values of one row in one program
 
 

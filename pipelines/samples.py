@@ -152,14 +152,14 @@ def open_folder(folder: Path, config_text: str, same: Callable[[str], str | None
     to another config, or that holds files and no config; nothing in it is touched.
     """
     path = folder / "config.yaml"
-    if path.is_file():
+    if path.is_file() and any(entry != path for entry in folder.iterdir()):  # a claim that produced nothing binds nobody
         difference = same(path.read_text(encoding="utf-8"))
         if difference is not None:
             raise UserError(
                 f"{folder} holds a run of another config ({difference}); give another folder with output=..., or delete it."
             )
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(entry != path for entry in folder.iterdir())):
         raise UserError(f"{folder} exists and is not a run folder; give another folder with output=...")
     try:
         write_text(path, config_text)

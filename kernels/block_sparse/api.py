@@ -53,7 +53,7 @@ def choose(q: Tensor, plan: BlockPlan | None = None, options: KernelOptions | No
                 f"the {wanted} implementation cannot take this call: {why}; leave implementation out, or change the input."
             )
         return Choice(wanted)
-    skipped = []
+    skipped: list[tuple[str, str]] = []
     for name, needs in IMPLEMENTATIONS.items():
         if name == "reference":
             continue

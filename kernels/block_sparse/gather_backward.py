@@ -64,7 +64,7 @@ def _piece_backward(
     pooled: list[Tensor] | None,
 ) -> None:
     wide = grads[0].dtype
-    b, h, n, rows, dim = piece.q.shape
+    _, h, n, rows, dim = piece.q.shape
     hk = piece.k.shape[1]
     fold = lambda x: x.unflatten(1, (hk, h // hk))  # noqa: E731  [b, hk, G, n, L, ..]
     q = fold(piece.q).to(wide)

@@ -163,7 +163,7 @@ def block_sparse_forward(
         qk = tl.dot(q, k, input_precision="ieee")
         v = load_rows(vbase + begin.to(tl.int64) * v_n, keys, key_ok, dims, v_n, v_d, not EVEN, PAD_D, D)
         if PLAIN:
-            if not EVEN:
+            if not EVEN:  # noqa: SIM102  (a compile-time switch around a run-time test)
                 if size - (it % ksub) * BN < BN:  # only the last tile of a block
                     qk = tl.where(key_ok[None, :], qk, NOTHING)
             acc, peak, mass = absorb(acc, peak, mass, qk, v, scale)

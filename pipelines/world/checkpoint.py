@@ -76,7 +76,9 @@ def start_from(trainer: Trainer, folder: Path) -> None:
     """Take the raw weights of another run's checkpoint, or the weights of an exported model, with a fresh optimizer."""
     if (folder / FILES[0]).is_file():
         model, text = (load_file(folder / name) for name in FILES)
-        weights = {f"model.{name}": x.float() for name, x in model.items()} | {name: x.float() for name, x in text.items()}
+        weights = {f"model.{name}": x.float() for name, x in model.items()} | {
+            name: x.float() for name, x in text.items()
+        }
     else:
         weights = _part(_read(folder)[1], "weight")
     trainer.put(weights)

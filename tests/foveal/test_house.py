@@ -18,7 +18,10 @@ MAY_IMPORT = {
     "pipelines": set(ROOMS),
 }
 # Heavy guests and the only rooms that may name them at all.
-MAY_NAME = {"diffusers": ("plugins/diffusers_host", "video", "pipelines", "vision"), "timm": ("plugins/timm_host", "vision", "pipelines/metrics")}
+MAY_NAME = {
+    "diffusers": ("plugins/diffusers_host", "video", "pipelines", "vision"),
+    "timm": ("plugins/timm_host", "vision", "pipelines/metrics"),
+}
 
 
 def modules(room: str) -> list[Path]:
@@ -60,7 +63,9 @@ def test_no_file_hides_a_library():
 
 
 def run(code: str, folder: Path, **env: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env={**os.environ, **env}, timeout=240)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env={**os.environ, **env}, timeout=240
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip()
 

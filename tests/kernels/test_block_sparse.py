@@ -254,11 +254,15 @@ def test_two_thousand_gpu_cases_share_forty_compiled_variants(monkeypatch):
 
     def variant(*args, **switches):
         loose = dict(zip(names, args, strict=False))
-        ints = [(n, x == 1, x % 16 == 0) for n, x in loose.items() if isinstance(x, int) and n not in portable.UNSPECIALISED]
+        ints = [
+            (n, x == 1, x % 16 == 0) for n, x in loose.items() if isinstance(x, int) and n not in portable.UNSPECIALISED
+        ]
         kinds = [x.dtype for x in args if isinstance(x, Tensor)]
         seen.add(str((ints, kinds, sorted(switches.items()))))
 
-    monkeypatch.setattr(portable_call, "block_sparse_forward", type("Kernel", (), {"__getitem__": lambda self, grid: variant})())
+    monkeypatch.setattr(
+        portable_call, "block_sparse_forward", type("Kernel", (), {"__getitem__": lambda self, grid: variant})()
+    )
     monkeypatch.setattr(portable_call, "_chip", lambda q: (90, 232448))
     for recipe in RECIPES:
         for seed in range(0, CASES // len(RECIPES), 4):

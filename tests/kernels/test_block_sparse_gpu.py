@@ -48,7 +48,6 @@ def test_fifty_runs_are_bit_identical():
 
 
 def test_no_variant_is_compiled_for_a_second_length():
-    from foveal.kernels.block_sparse.portable import block_sparse_forward
 
     def call(longest: int) -> int:
         case = make_case(RECIPES[1], longest, "cuda", longest=longest)

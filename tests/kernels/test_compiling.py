@@ -16,7 +16,13 @@ CAPABILITIES = (80, 86, 89, 90, 120)
 def test_every_chip_compiles_within_99_kb():
     # A process of its own: here Triton's interpreter stands in for its compiler.
     env = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run([sys.executable, "-m", "foveal.kernels.block_sparse.compiling"], capture_output=True, text=True, env=env, timeout=280)
+    done = subprocess.run(
+        [sys.executable, "-m", "foveal.kernels.block_sparse.compiling"],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=280,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["capability"] for row in found} == set(CAPABILITIES)
