@@ -152,7 +152,9 @@ def open_folder(folder: Path, config_text: str, same: Callable[[str], str | None
     to another config, or that holds files and no config; nothing in it is touched.
     """
     path = folder / "config.yaml"
-    if path.is_file() and any(entry != path for entry in folder.iterdir()):  # a claim that produced nothing binds nobody
+    if path.is_file() and any(
+        entry != path for entry in folder.iterdir()
+    ):  # a claim that produced nothing binds nobody
         difference = same(path.read_text(encoding="utf-8"))
         if difference is not None:
             raise UserError(

@@ -43,6 +43,8 @@ class Needs:
             return f"it runs on {' or '.join(self.devices)}, q is on {q.device.type}"
         if q.dtype not in self.dtypes:
             return f"dtype {name_of(q.dtype)} is none of {', '.join(map(name_of, self.dtypes))}"
+        if self.requires == "triton" and q.device.type == "cpu" and q.dtype == torch.bfloat16:
+            return "Triton's interpreter multiplies bfloat16 as integers"
         low, high = self.head_dim
         if not low <= q.shape[-1] <= high:
             return f"head_dim {q.shape[-1]} is outside {low} to {high}"

@@ -51,7 +51,7 @@ def _chip(q: Tensor) -> tuple[int, int]:
 @functools.lru_cache(maxsize=16)
 def _chip_of(device: int) -> tuple[int, int]:
     facts = torch.cuda.get_device_properties(device)
-    return 10 * facts.major + facts.minor, facts.shared_memory_per_block_optin
+    return 10 * facts.major + facts.minor, facts.shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 def _launch(
