@@ -96,7 +96,8 @@ def block_sparse_attention(
     softmax_scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in _learnable(q, k, v, plan))
     if differentiable or torch.compiler.is_compiling():
-        out, lse = operator.traced(q, k, v, plan, softmax_scale, choice.name, return_lse or init is not None)
+        need_lse = return_lse or init is not None or differentiable  # the backward would have to make it again
+        out, lse = operator.traced(q, k, v, plan, softmax_scale, choice.name, need_lse)
         if init is not None:
             out, lse = merge_attention((out, lse), init)
         return (out, lse) if return_lse else out

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveal.kernels.block_sparse.plan import BlockPlan
-from foveal.kernels.block_sparse.reference import take
+from foveal.kernels.order import take_tokens
 
 LONE_ROWS = 192  # query blocks at least this long are worth a call of their own on a CPU
 BATCH_ELEMENTS = 1 << 24  # gathered key elements in one batch of small blocks
@@ -91,7 +91,7 @@ def pieces(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> It
     """Cut the call into pieces: per batch item and head only where the plan differs there."""
     qp, kp, vp = q, k, v
     if not plan.ordered and plan.kv_order is not None:
-        kp, vp = take(k, plan.kv_order), take(v, plan.kv_order)
+        kp, vp = take_tokens(k, plan.kv_order), take_tokens(v, plan.kv_order)
     b, h = q.shape[:2]
     hosts = host_rows(plan)
     group = h // k.shape[1]

@@ -69,7 +69,7 @@ IMPLEMENTATIONS: dict[str, Needs] = {
     ),
     "torch": Needs(
         devices=("any",), dtypes=(*FLOATS, torch.float64), head_dim=(1, 1024),
-        note="gather and SDPA; faster than dense on the CPU from 256 queries a block",
+        note="gather and SDPA: large query blocks one by one, small ones in batches",
     ),
     "reference": Needs(
         devices=("any",), dtypes=(*FLOATS, torch.float64), head_dim=(1, 1 << 30),

@@ -10,14 +10,15 @@ from torch import Tensor
 
 from foveal.kernels.block_sparse.counting import owner_of, position_mask, visits
 from foveal.kernels.block_sparse.plan import BlockPlan
+from foveal.kernels.order import take_tokens
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> tuple[Tensor, Tensor]:
     """q [B, H, N, D], k, v [B, Hkv, M, D] -> (out [B, H, N, D], lse [B, H, N]) in fp64 for fp64 inputs, else fp32 inside."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     b, h = q.shape[:2]
-    qp = take(q, None if plan.ordered else plan.q_order).to(wide)
-    kp, vp = (take(x, None if plan.ordered else plan.kv_order).to(wide) for x in (k, v))
+    qp = take_tokens(q, None if plan.ordered else plan.q_order).to(wide)
+    kp, vp = (take_tokens(x, None if plan.ordered else plan.kv_order).to(wide) for x in (k, v))
     group = h // k.shape[1]
     kp, vp = kp.repeat_interleave(group, 1), vp.repeat_interleave(group, 1)
     scores = qp @ kp.mT * scale + _bias(plan).to(wide)
@@ -34,16 +35,6 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale:
     lse = total.masked_fill(empty, -torch.inf)
     out, lse = _untake(out, lse, plan, q.shape[2])
     return out.expand(b, h, -1, -1), lse.expand(b, h, -1)
-
-
-def take(x: Tensor, order: Tensor | None) -> Tensor:
-    """x [B, H, N, D] in plan order; padding takes token 0 and is masked elsewhere. -> [B, H, P, D]"""
-    if order is None:
-        return x
-    if order.ndim == 1:
-        return x.index_select(2, order.clamp(min=0).long())
-    index = order.clamp(min=0).long().expand(*x.shape[:2], -1)
-    return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
 
 
 def _bias(plan: BlockPlan) -> Tensor:
