@@ -30,9 +30,9 @@ KEPT_PLANS = 16
 class PlanFacts:
     """What there is to say about a plan, worked out when it is read."""
 
-    def __init__(self, plan: BlockPlan, q: Tensor) -> None:
+    def __init__(self, plan: BlockPlan, q: Tensor, k: Tensor | None = None) -> None:
         self.plan = plan
-        self.implementation = choose(q, plan).name
+        self.implementation = choose(q, plan, k=k, v=k).name
         self._numbers: tuple[float, float] | None = None
 
     @property
@@ -141,9 +141,11 @@ class Record:
         if sentence not in self.notes:
             self.notes.append(sentence)
 
-    def ran_sparse(self, row: LayerRecord, step: int, plan: BlockPlan | None, q: Tensor, lap: Lap) -> None:
+    def ran_sparse(
+        self, row: LayerRecord, step: int, plan: BlockPlan | None, q: Tensor, lap: Lap, k: Tensor | None = None
+    ) -> None:
         cell = row.cells.setdefault(step, Cell())
-        row.facts = self._facts_of(plan, q) or row.facts
+        row.facts = self._facts_of(plan, q, k) or row.facts
         cell.sparse[row.facts] += 1
         cell.laps.add(lap)
 
@@ -163,14 +165,14 @@ class Record:
     def keep(self, site: Site, q: Tensor, k: Tensor, v: Tensor) -> None:
         self.captured.append(Capture(site, *(x.detach().clone() for x in (q, k, v))))
 
-    def _facts_of(self, plan: BlockPlan | None, q: Tensor) -> PlanFacts | None:
+    def _facts_of(self, plan: BlockPlan | None, q: Tensor, k: Tensor | None) -> PlanFacts | None:
         if plan is None:
             return None
         key = (plan.index.data_ptr(), plan.index.shape, plan.n_queries, plan.n_keys, plan.ordered, q.dtype)
         if key not in self._facts:
             if len(self._facts) >= KEPT_PLANS:
                 return None
-            self._facts[key] = PlanFacts(plan, q)
+            self._facts[key] = PlanFacts(plan, q, k)
         return self._facts[key]
 
     def reset(self) -> None:

@@ -69,6 +69,7 @@ def make_case(recipe: Recipe, seed: int, device: str = "cpu", longest: int = 64)
     hk = 1 if "grouped" in f else h
     if "even" in f:
         block = 64 if longest >= 128 else 16  # enough key blocks for the kernel's variant of even plans
+        block *= 2 if "wide" in f else 1
         n, m = block * rng.randint(1, 8), block * rng.randint(16, 20)
         kv_start = torch.arange(0, m, block, dtype=torch.int32)
         kv_len = torch.full_like(kv_start, block)

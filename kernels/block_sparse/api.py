@@ -14,7 +14,7 @@ from torch import Tensor
 
 from foveal.kernels.block_sparse import operator
 from foveal.kernels.block_sparse.checks import PlanError
-from foveal.kernels.block_sparse.needs import IMPLEMENTATIONS
+from foveal.kernels.block_sparse.needs import IMPLEMENTATIONS, slower
 from foveal.kernels.block_sparse.plan import BlockPlan
 from foveal.kernels.merge import merge_attention
 
@@ -37,8 +37,11 @@ class Choice:
         return self.name + "".join(f" ({name} skipped: {why})" for name, why in self.skipped)
 
 
-def choose(q: Tensor, plan: BlockPlan | None = None, options: KernelOptions | None = None) -> Choice:
-    """Which implementation takes q [B, H, N, D]. Raises ValueError when the one asked for by name cannot."""
+def choose(
+    q: Tensor, plan: BlockPlan | None = None, options: KernelOptions | None = None, *,
+    k: Tensor | None = None, v: Tensor | None = None, scale: float | None = None,
+) -> Choice:  # fmt: skip
+    """Which implementation takes q [B, H, N, D] with this plan. Raises ValueError when the one asked for by name cannot."""
     wanted = options.implementation if options else None
     if wanted is not None:
         if wanted not in IMPLEMENTATIONS:
@@ -48,6 +51,8 @@ def choose(q: Tensor, plan: BlockPlan | None = None, options: KernelOptions | No
                 f"there is no implementation {wanted!r}{hint}; choose one of {', '.join(IMPLEMENTATIONS)}."
             )
         why = IMPLEMENTATIONS[wanted].refusal(q, by_name=True)
+        if why is None and plan is not None:
+            why = IMPLEMENTATIONS[wanted].call_refusal(q, plan, k, v, scale)
         if why:
             raise ValueError(
                 f"the {wanted} implementation cannot take this call: {why}; leave implementation out, or change the input."
@@ -58,6 +63,8 @@ def choose(q: Tensor, plan: BlockPlan | None = None, options: KernelOptions | No
         if name == "reference":
             continue
         why = needs.refusal(q)
+        if why is None and plan is not None:
+            why = needs.call_refusal(q, plan, k, v, scale) or slower(name, plan)
         if why is None:
             return Choice(name, tuple(skipped))
         skipped.append((name, why))
@@ -92,8 +99,8 @@ def block_sparse_attention(
     Raises ValueError in one sentence for inputs that do not fit each other or the plan, or that no implementation takes.
     """
     _check_call(q, k, v, plan, init)
-    choice = choose(q, plan, options)
     softmax_scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    choice = choose(q, plan, options, k=k, v=v, scale=softmax_scale)
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in _learnable(q, k, v, plan))
     if differentiable or torch.compiler.is_compiling():
         need_lse = return_lse or init is not None or differentiable  # the backward would have to make it again

@@ -96,7 +96,7 @@ def compile_variant(capability: int, dtype: str, head_dim: int, feature: str) ->
     source = ASTSource(block_sparse_forward, signature, {(names.index(n),): c for n, c in constants.items()}, attrs)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    registers, spill = _assembled(kernel.asm["ptx"], capability)
+    registers, spill = assembled(kernel.asm["ptx"], capability)
     return Usage(capability, dtype, head_dim, feature, kernel.metadata.shared, registers, spill)
 
 
@@ -105,7 +105,7 @@ def n_is_wide(name: str, kind: str) -> bool:
     return kind.startswith("*") or name.split("_")[0] in {"q", "k", "v", "o", "io", "p", "pv", "var"}
 
 
-def _assembled(ptx: str, capability: int) -> tuple[int, int]:
+def assembled(ptx: str, capability: int) -> tuple[int, int]:
     """Registers and spilled bytes, as ptxas reports them."""
     arch = f"sm_{capability}" + ("a" if capability >= 90 else "")
     with tempfile.TemporaryDirectory() as folder:

@@ -25,6 +25,10 @@ def run(
     name: str, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, need_lse: bool, init: Init | None
 ) -> tuple[Tensor, Tensor | None]:
     """Run one implementation. -> (out with q's strides, lse or None)."""
+    if name == "hopper":
+        from foveal.kernels.block_sparse.hopper_call import hopper_attention
+
+        return hopper_attention(q, k, v, plan, scale, need_lse, init)
     if name == "triton":
         from foveal.kernels.block_sparse.portable_call import triton_attention
 
@@ -57,7 +61,8 @@ def flatten(plan: BlockPlan) -> tuple[list[Tensor], str, list[int]]:
     live = {n: x for n, x in named.items() if x is not None}
     ranges = [x for pair in plan.dense_rows for x in pair]
     sizes = [plan.n_queries, plan.n_keys, plan.max_q_len, plan.max_kv_len, int(bool(plan.covers)), int(plan.ordered)]
-    sizes += [int(bool(plan.tiled)), plan.kv_stride, *ranges]
+    spans = [x for pair in (plan.box.span or () if plan.box is not None else ()) for x in pair]
+    sizes += [int(bool(plan.tiled)), plan.kv_stride, len(spans), *spans, *ranges]
     return list(live.values()), ",".join(live), sizes
 
 
@@ -65,15 +70,21 @@ def unflatten(
     tensors: list[Tensor], fields: str, sizes: list[int], proxy_k: Tensor | None, proxy_v: Tensor | None
 ) -> BlockPlan:
     named: dict[str, Any] = dict(zip(fields.split(","), tensors, strict=True))
-    box = Box(named.pop("low"), named.pop("high"), named.pop("coord")) if "low" in named else None
+    spans, ranges = sizes[9 : 9 + sizes[8]], sizes[9 + sizes[8] :]
+    box = None
+    if "low" in named:
+        box = Box(*(named.pop(x) for x in ("low", "high", "coord")), span=tuple(pairs(spans)))
     n, var = named.pop("proxy_n", None), named.pop("proxy_var", None)
     proxies = None if proxy_k is None or proxy_v is None else Proxies(proxy_k, proxy_v, n, var)
-    ranges = tuple(zip(sizes[8::2], sizes[9::2], strict=True))
     return BlockPlan(
         n_queries=sizes[0], n_keys=sizes[1], max_q_len=sizes[2], max_kv_len=sizes[3], covers=bool(sizes[4]), ordered=bool(sizes[5]),
         tiled=bool(sizes[6]), kv_stride=sizes[7],
-        dense_rows=ranges, box=box, proxies=proxies, trusted=True, **named,
+        dense_rows=tuple(pairs(ranges)), box=box, proxies=proxies, trusted=True, **named,
     )  # fmt: skip
+
+
+def pairs(flat: list[int]) -> list[tuple[int, int]]:
+    return list(zip(flat[::2], flat[1::2], strict=True))
 
 
 @torch.library.custom_op("foveal::block_sparse_attention", mutates_args=())

@@ -28,14 +28,21 @@ class Box:
     """Pair mask of partial entries: query q attends key k iff ``low[a, q] <= coord[a, k] < high[a, q]`` on every axis a.
 
     low, high: [A, Pq] int16; coord: [A, Pk] int16; both in plan positions. A residue class (dilation) is one more axis.
+    span: host fact, smallest and largest coordinate of every axis; worked out here unless the maker gives it.
     """
 
     low: Tensor
     high: Tensor
     coord: Tensor
+    span: tuple[tuple[int, int], ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.span is None and self.coord.ndim == 2 and self.coord.shape[1]:
+            ends = torch.stack(torch.aminmax(self.coord, dim=1), dim=1).tolist()
+            object.__setattr__(self, "span", tuple((low, high) for low, high in ends))
 
     def to(self, device: torch.device | str) -> Box:
-        return Box(self.low.to(device), self.high.to(device), self.coord.to(device))
+        return Box(self.low.to(device), self.high.to(device), self.coord.to(device), self.span)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,7 @@
-"""Which tile sizes the portable kernel takes: read from ``configs.json``, so that a first call tunes nothing."""
+"""Which tile sizes a kernel takes: the portable one's are read from ``configs.json``, so that a first call tunes nothing.
+
+Letters as in plan.py.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,10 @@ import json
 from dataclasses import dataclass
 from importlib import resources
 
+from foveal.kernels.block_sparse.plan import BlockPlan
+
+# Measured speed of a full tile relative to dense attention, by implementation and keys of a tile (H100, 128-token blocks).
+SPEED = {"hopper": {128: 1.0, 64: 0.85}, "triton": {64: 0.7}}
 SHARED_EVERYWHERE = 99 * 1024  # bytes of shared memory that every supported chip gives one program
 
 
@@ -43,3 +50,37 @@ def tile_for(capability: int, shared: int, element_bytes: int, head_dim: int) ->
         f"no tile sizes for capability {capability} with {shared} bytes of shared memory, {element_bytes}-byte elements and head_dim "
         f"{head_dim}; add a row to configs.json."
     )
+
+
+def fill(length: int, tile: int) -> float:
+    """Used share of the tiles that a block of ``length`` positions takes."""
+    return length / (-(-length // tile) * tile) if length else 1.0
+
+
+def worth(name: str, plan: BlockPlan, keys: int) -> float:
+    """Expected speed on this plan, in units of dense attention per pair: the tile's speed times the used share of tiles."""
+    rows = 128 if name == "hopper" else 64
+    return SPEED[name][keys] * fill(plan.max_q_len, rows) * fill(plan.max_kv_len, keys)
+
+
+def hopper_keys(plan: BlockPlan) -> int:
+    """Keys of a tile of the Hopper kernel: 64 where masks or biases need registers, or blocks are short; else 128."""
+    if plan.has_pair_masks or plan.block_bias is not None or plan.key_bias is not None:
+        return 64
+    return 64 if worth("hopper", plan, 64) > worth("hopper", plan, 128) else 128
+
+
+def row_table(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, int, int, int, int] | None:
+    """[B, H, N, D] as rows of one 2-D table -> (rows, columns, rows from batch to batch, rows and columns from head to head), or None."""
+    (b, h, n, d), (s_b, s_h, s_n, s_d) = shape, stride
+    if s_d != 1 or s_n % 8 or not n:
+        return None
+    row_b = 0 if b == 1 else s_b // s_n
+    if b > 1 and s_b % s_n:
+        return None
+    if h == 1 or (s_h < s_n and (h - 1) * s_h + d <= s_n):  # heads beside each other
+        col_h = 0 if h == 1 else s_h
+        return (b - 1) * row_b + n, (h - 1) * col_h + d, row_b, 0, col_h
+    if s_h % s_n:
+        return None
+    return (b - 1) * row_b + (h - 1) * (s_h // s_n) + n, d, row_b, s_h // s_n, 0

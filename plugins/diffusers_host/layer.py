@@ -101,7 +101,7 @@ class Layer:
         if result.out is None:
             self.record.ran_dense(self.row, self.frame.step, result.reason, lap)
         else:
-            self.record.ran_sparse(self.row, self.frame.step, result.plan, core.q.transpose(1, 2), lap)
+            self.record.ran_sparse(self.row, self.frame.step, result.plan, core.q.transpose(1, 2), lap, core.k.transpose(1, 2))
 
     def place(self, core: Core) -> Site | str:
         """The site of a call, or why it has none."""

@@ -254,13 +254,17 @@ def test_two_thousand_gpu_cases_share_forty_compiled_variants(monkeypatch):
 
     names, seen = portable.block_sparse_forward.arg_names, set()
 
-    def variant(*args, **switches):
-        loose = dict(zip(names, args, strict=False))
-        ints = [
-            (n, x == 1, x % 16 == 0) for n, x in loose.items() if isinstance(x, int) and n not in portable.UNSPECIALISED
-        ]
+    constants = set(names[names.index("D") :]) | {"num_warps", "num_stages"}
+
+    def variant(*args, **named):
+        given = {
+            n: x
+            for n, x in {**dict(zip(names, args, strict=False)), **named}.items()
+            if n not in portable.UNSPECIALISED
+        }
+        ints = [(n, x == 1, x % 16 == 0) for n, x in given.items() if isinstance(x, int) and n not in constants]
         kinds = [x.dtype for x in args if isinstance(x, Tensor)]
-        seen.add(str((ints, kinds, sorted(switches.items()))))
+        seen.add(str((ints, kinds, sorted((n, x) for n, x in given.items() if n in constants))))
 
     monkeypatch.setattr(
         portable_call, "block_sparse_forward", type("Kernel", (), {"__getitem__": lambda self, grid: variant})()

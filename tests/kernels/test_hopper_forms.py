@@ -1,0 +1,109 @@
+"""What the Hopper kernel is given: packed boxes say what boxes say, rows of a table lie where the tensor's rows lie."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from foveal.kernels.block_sparse import BlockPlan, Box, choose
+from foveal.kernels.block_sparse.plan_forms import fields, packed_box
+from foveal.kernels.block_sparse.tiles import fill, hopper_keys, row_table
+
+
+def plan_of(box: Box | None = None, n: int = 40, m: int = 40, length: int = 8) -> BlockPlan:
+    q, k = (torch.arange(0, x, length, dtype=torch.int32) for x in (n, m))
+    ends = lambda start, x: (x - start).clamp(max=length).int()  # noqa: E731
+    full = torch.zeros_like(q) if box is not None else torch.full_like(q, k.numel())
+    return BlockPlan(
+        n_queries=n, n_keys=m, q_start=q, q_len=ends(q, n), kv_start=k, kv_len=ends(k, m), count=torch.full_like(q, k.numel()),
+        n_full=full, index=torch.arange(k.numel(), dtype=torch.int32).repeat(q.numel(), 1), box=box,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("axes, top", [(1, 300), (2, 255), (3, 80), (4, 100), (5, 3), (1, 30000)])
+@pytest.mark.parametrize("seed", range(5))
+def test_packed_boxes_say_what_boxes_say(axes: int, top: int, seed: int):
+    gen = torch.Generator().manual_seed(seed)
+    ints = lambda low, high, n: torch.randint(low, high, (axes, n), generator=gen).short()  # noqa: E731
+    low = ints(-3, top + 3, 40)
+    box = Box(low, low + ints(-2, top, 40), ints(0, top + 1, 40))
+    packed = packed_box(plan_of(box))
+    assert packed is not None
+    where, lows, highs = packed.coord[None], packed.low[:, None], packed.high[:, None]
+    inside = ((where - lows) & (highs - where) & packed.guard) == packed.guard
+    coord = box.coord[:, None]
+    assert torch.equal(inside, ((box.low[..., None] <= coord) & (coord < box.high[..., None])).all(0))
+    assert not (((packed.guard - lows) & (highs - packed.guard) & packed.guard) == packed.guard).any()
+
+
+def test_coordinates_that_need_more_than_32_bits_are_refused():
+    coord = torch.full((3, 40), 2000, dtype=torch.int16)
+    box = Box(coord, coord + 1, coord)
+    assert fields(box) is None and packed_box(plan_of(box)) is None
+
+
+VIEWS = {
+    "heads first": lambda: torch.empty(2, 3, 10, 16),
+    "tokens first": lambda: torch.empty(2, 10, 3, 16).transpose(1, 2),
+    "one head of many": lambda: torch.empty(2, 10, 5, 16).transpose(1, 2)[:, 1:4],
+    "fused projection": lambda: torch.empty(2, 10, 3, 3, 16)[:, :, 1].transpose(1, 2),
+    "first tokens": lambda: torch.empty(2, 20, 3, 16).transpose(1, 2)[:, :, :10],
+    "first tokens, heads first": lambda: torch.empty(2, 3, 20, 16)[:, :, 3:13],
+    "one sample": lambda: torch.empty(7, 10, 3, 16).transpose(1, 2)[4:5],
+    "one head": lambda: torch.empty(2, 1, 10, 16),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_rows_of_the_table_are_rows_of_the_tensor(name: str):
+    x = VIEWS[name]()
+    x.untyped_storage()
+    table = row_table(x.shape, x.stride())
+    assert table is not None
+    rows, columns, row_b, row_h, col_h = table
+    for b in range(x.shape[0]):
+        for h in range(x.shape[1]):
+            for n in range(x.shape[2]):
+                row, column = b * row_b + h * row_h + n, h * col_h
+                assert row < rows and column + x.shape[3] <= columns
+                assert row * x.stride(2) + column == b * x.stride(0) + h * x.stride(1) + n * x.stride(2)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.empty(2, 3, 16, 10).mT, torch.empty(2, 3, 10, 32)[..., ::2], torch.empty(10, 2, 3, 16).permute(1, 2, 0, 3)[:, :, ::3]],
+    ids=["last stride", "strided", "ok"],
+)  # fmt: skip
+def test_tables_are_found_or_refused_never_wrong(x: Tensor):
+    table = row_table(x.shape, x.stride())
+    assert table is None or x.stride(3) == 1
+
+
+def test_tiles_follow_the_length_of_blocks():
+    assert fill(440, 128) == 440 / 512 and fill(64, 64) == 1
+    assert hopper_keys(plan_of(n=512, m=512, length=256)) == 128
+    assert hopper_keys(plan_of(n=512, m=512, length=64)) == 64
+
+
+def test_a_cpu_is_told_why_hopper_is_skipped():
+    assert "hopper skipped: it runs on cuda" in str(choose(torch.zeros(1, 1, 40, 16), plan_of()))
+
+
+@pytest.mark.slow
+def test_shipped_variants_compile_without_spills():
+    env = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+    }  # a process of its own: here the interpreter stands in for the compiler
+    command = [sys.executable, "-m", "foveal.kernels.block_sparse.hopper_compiling"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) >= 6
+    for row in found:
+        assert row["spill"] == 0, row
+        assert row["shared"] <= 227 * 1024, row

@@ -1,0 +1,96 @@
+"""The Hopper kernel on its chip: random calls of every feature it takes, determinism, and the tiles beside each other."""
+
+import pytest
+import torch
+from plan_fuzz import Recipe, errors, make_case
+
+from foveal.kernels.block_sparse import KernelOptions, block_sparse_attention, choose
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9,
+        reason="written for compute capability 9.0",
+    ),
+]
+
+CASES = 300
+HOPPER = KernelOptions(implementation="hopper")
+RECIPES = [
+    Recipe(dtype, dim, frozenset(features))
+    for dtype, dim, features in (
+        (torch.bfloat16, 128, {"even", "wide"}),
+        (torch.bfloat16, 128, {"even", "lse", "order"}),
+        (torch.float16, 64, {"even", "wide", "grouped", "dense"}),
+        (torch.bfloat16, 128, {"lse", "dense"}),
+        (torch.bfloat16, 80, {"order", "dense"}),
+        (torch.float16, 32, {"heads", "lse"}),
+        (torch.bfloat16, 128, {"box", "lse", "order"}),
+        (torch.bfloat16, 64, {"bits", "heads"}),
+        (torch.bfloat16, 128, {"block_bias", "heads", "lse"}),
+        (torch.float16, 128, {"key_bias", "order", "lse"}),
+        (torch.bfloat16, 128, {"init", "lse"}),
+        (torch.bfloat16, 72, {"box", "bits", "block_bias", "key_bias", "dense", "init", "lse", "order", "heads"}),
+    )
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.id)
+def test_error_is_at_most_that_of_eager_attention(recipe: Recipe):
+    ran = 0
+    for seed in range(-(-CASES // len(RECIPES))):
+        case = make_case(recipe, seed, "cuda", longest=400)
+        if case.scale <= 0:
+            continue
+        ran += 1
+        with torch.no_grad():
+            out, lse = block_sparse_attention(
+                case.q, case.k, case.v, case.plan, scale=case.scale, init=case.init, return_lse=True, options=HOPPER
+            )
+        ours, eager = errors(case, out, lse)
+        assert ours <= 1.5 * eager + torch.finfo(recipe.dtype).eps / 2, (
+            f"seed {seed}: error {ours:.2e}, eager {eager:.2e}"
+        )
+    assert ran > 5
+
+
+def test_fifty_runs_are_bit_identical():
+    case = make_case(RECIPES[3], 1, "cuda", longest=2000)
+    first = block_sparse_attention(case.q, case.k, case.v, case.plan, options=HOPPER)
+    for _ in range(50):
+        assert torch.equal(block_sparse_attention(case.q, case.k, case.v, case.plan, options=HOPPER), first)
+
+
+def test_a_kept_kernel_equals_a_fresh_one_and_follows_alignment():
+    case = make_case(RECIPES[3], 2, "cuda", longest=400)
+    wide = torch.randn(2, 400, 4, 136, device="cuda", dtype=torch.bfloat16)
+    n, m = case.plan.n_queries, case.plan.n_keys
+    for shift in (0, 8):  # the second is aligned to 16 bytes, its strides are not multiples of 16
+        q, k, v = (wide[:, :x, :2, shift : shift + 128].transpose(1, 2) for x in (n, m, m))
+        first, again = (block_sparse_attention(q, k, v, case.plan, options=HOPPER) for _ in range(2))
+        other = block_sparse_attention(q, k, v, case.plan, options=KernelOptions(implementation="triton"))
+        assert torch.equal(first, again)
+        torch.testing.assert_close(first, other, atol=2e-2, rtol=2e-2)
+
+
+def test_it_is_chosen_where_its_tiles_are_filled():
+    case = make_case(RECIPES[0], 1, "cuda", longest=600)
+    q = torch.randn(1, 2, 4096, 128, device="cuda", dtype=torch.bfloat16)
+    assert choose(q, case.plan).name in ("hopper", "triton")
+    blocks = torch.arange(32, dtype=torch.int32)
+    from foveal.kernels.block_sparse import BlockPlan
+
+    plan = BlockPlan(
+        n_queries=4096, n_keys=4096, q_start=blocks * 128, q_len=torch.full_like(blocks, 128), kv_start=blocks * 128,
+        kv_len=torch.full_like(blocks, 128), count=torch.full_like(blocks, 4), n_full=torch.full_like(blocks, 4),
+        index=torch.arange(4, dtype=torch.int32).repeat(32, 1),
+    ).to("cuda")  # fmt: skip
+    assert choose(q, plan).name == "hopper"
+    short = torch.arange(256, dtype=torch.int32)
+    plan = BlockPlan(
+        n_queries=4096, n_keys=4096, q_start=short * 16, q_len=torch.full_like(short, 16), kv_start=short * 16,
+        kv_len=torch.full_like(short, 16), count=torch.full_like(short, 4), n_full=torch.full_like(short, 4),
+        index=torch.arange(4, dtype=torch.int32).repeat(256, 1),
+    ).to("cuda")  # fmt: skip
+    chosen = choose(q, plan)
+    assert chosen.name == "triton" and "fill too little" in str(chosen)
