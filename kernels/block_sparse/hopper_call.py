@@ -26,7 +26,7 @@ from foveal.kernels.block_sparse.plan_forms import (
     packed_box,
     stride_of,
 )
-from foveal.kernels.block_sparse.tiles import hopper_keys, row_table
+from foveal.kernels.block_sparse.tiles import SPECIALISED_BLOCKS, hopper_keys, row_table
 from foveal.kernels.order import permute_tokens
 
 LOG2E = 1.4426950408889634
@@ -78,7 +78,9 @@ def plan_arguments(plan: BlockPlan, keys: int) -> PlanArguments:
     dense = derived(plan, "dense_flags", dense_flags) if plan.dense_rows else None
     every = derived(plan, "every_block", every_block) if plan.dense_rows else None
     box = packed_box(plan) if plan.box is not None else None
-    tiled, c = plan.kv_stride > 0 and bool(plan.tiled), plan.n_kv_blocks
+    c = plan.n_kv_blocks
+    uniform = plan.kv_stride > 0 and c >= SPECIALISED_BLOCKS
+    tiled = uniform and bool(plan.tiled)
     geometry = (plan.q_start, plan.q_len, plan.kv_start, plan.kv_len, plan.count, plan.n_full, plan.index)
     block_strides = (0, 0, 0) if plan.block_bias is None else tuple(stride_of(plan.block_bias, i) for i in range(3))
     packed = (None, None, None) if box is None else (box.low, box.high, box.coord)
@@ -95,7 +97,7 @@ def plan_arguments(plan: BlockPlan, keys: int) -> PlanArguments:
         },
         switches={
             "EVEN": tiled and plan.kv_stride % keys == 0 and plan.kv_positions % plan.kv_stride == 0,
-            "UNIFORM": plan.kv_stride > 0, "TILED": tiled, "HAS_PARTIAL": plan.has_pair_masks, "BOX": box is not None,
+            "UNIFORM": uniform, "TILED": tiled, "HAS_PARTIAL": plan.has_pair_masks, "BOX": box is not None,
             "BITS": plan.row_bits is not None, "BLOCK_BIAS": plan.block_bias is not None, "KEY_BIAS": plan.key_bias is not None,
             "HAS_DENSE": dense is not None, "Q_ORDER": q_order is not None,
         },

@@ -21,11 +21,10 @@ from foveal.kernels.block_sparse.plan_forms import (
     stride_of,
 )
 from foveal.kernels.block_sparse.portable import block_sparse_forward
-from foveal.kernels.block_sparse.tiles import SHARED_EVERYWHERE, Tile, padded, tile_for
+from foveal.kernels.block_sparse.tiles import SHARED_EVERYWHERE, SPECIALISED_BLOCKS, Tile, padded, tile_for
 from foveal.kernels.order import permute_tokens
 
 LOG2E = 1.4426950408889634
-SPECIALISED_BLOCKS = 16  # fewer key blocks than this are not worth compiling a variant of their own
 
 
 def triton_attention(

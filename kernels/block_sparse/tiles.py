@@ -14,6 +14,7 @@ from foveal.kernels.block_sparse.plan import BlockPlan
 
 # Measured speed of a full tile relative to dense attention, by implementation and keys of a tile (H100, 128-token blocks).
 SPEED = {"hopper": {128: 1.0, 64: 0.85}, "triton": {64: 0.7}}
+SPECIALISED_BLOCKS = 16  # fewer key blocks than this are not worth compiling a variant of their own
 SHARED_EVERYWHERE = 99 * 1024  # bytes of shared memory that every supported chip gives one program
 
 
