@@ -69,4 +69,4 @@ def box_of(order: Order, tables: Sequence[AxisTable]) -> Box | None:
     if not coord:
         return None
     packed = [torch.from_numpy(np.stack(part).astype(np.int16)) for part in (low, high, coord)]
-    return Box(*packed)
+    return Box(packed[0], packed[1], packed[2])

@@ -4,6 +4,7 @@ Letters as in plan.py; D head dim, G query heads per key head, n a batch of alik
 
 * Keys of a block are runs of plan positions, so gathering is slicing; neighbouring runs become one slice without a copy.
 * Large query blocks run one by one (each is enough work); small alike blocks run as one batch.
+* A batch takes no more memory than k does (half of it where k and v had to be put in order first), and goes before the next is made.
 * Masks, biases and proxies travel as one additive bias; blocks that need none keep SDPA's fast path.
 """
 
@@ -21,7 +22,9 @@ from foveal.kernels.block_sparse.plan import BlockPlan
 from foveal.kernels.order import take_tokens
 
 LONE_ROWS = 192  # query blocks at least this long are worth a call of their own on a CPU
-BATCH_ELEMENTS = 1 << 24  # gathered key elements in one batch of small blocks
+BATCH_ELEMENTS = 1 << 24  # gathered key elements in one batch of small blocks, where memory is no concern
+LEAST_ROOM = 1 << 20  # bytes that a batch may always take: smaller ones cost more in calls than they save
+PAIR_BYTES = 8  # of a masked pair: its bias in fp32, the comparisons behind it, and a copy in a narrower type
 
 Run = tuple[int, int]
 
@@ -45,12 +48,15 @@ def gather_attention(
     """q [B, H, N, D], k, v [B, Hkv, M, D] -> (out with q's strides, lse fp32 [B, H, N] or None)."""
     out = torch.empty_like(q) if plan.covers else torch.zeros_like(q)
     lse = torch.full(q.shape[:3], -torch.inf, device=q.device, dtype=lse_dtype(q)) if need_lse else None
-    for piece in pieces(q, k, v, plan, scale):
+    copies = plan.kv_order is not None and not plan.ordered
+    room = max(LEAST_ROOM, k.numel() * k.element_size() // (2 if copies else 1))
+    for piece in pieces(q, k, v, plan, scale, room):
         o, m = piece.attend(scale, need_lse)
         piece.put(out, o)
         if lse is not None:
             assert m is not None
             piece.put(lse[..., None], m[..., None])
+        del piece, o, m
     return out, lse
 
 
@@ -87,8 +93,8 @@ class Piece(NamedTuple):
                 target.index_copy_(2, self.rows[live], part[:, :, live].to(out.dtype))
 
 
-def pieces(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> Iterator[Piece]:
-    """Cut the call into pieces: per batch item and head only where the plan differs there."""
+def pieces(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, room: int | None = None) -> Iterator[Piece]:
+    """Cut the call into pieces: per batch item and head only where the plan differs there. room: bytes a batch may take."""
     qp, kp, vp = q, k, v
     if not plan.ordered and plan.kv_order is not None:
         kp, vp = take_tokens(k, plan.kv_order), take_tokens(v, plan.kv_order)
@@ -100,7 +106,7 @@ def pieces(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> It
         hs = slice(0, h) if plan_lead(plan)[1] == 1 else slice(j, j + 1)
         ks = slice(0, k.shape[1]) if plan_lead(plan)[1] == 1 else slice(j // group, j // group + 1)
         part = _Part(plan, qp[bs, hs], kp[bs, ks], vp[bs, ks], (bs, hs, ks), (i, j), scale)
-        for batch in _batches(rows, q.device.type == "cpu", part):
+        for batch in _batches(rows, q.device.type == "cpu", part, room):
             yield part.piece(batch)
 
 
@@ -170,7 +176,7 @@ def _runs(blocks: list[tuple[int, int]]) -> tuple[Run, ...]:
     return tuple(runs)
 
 
-def _batches(rows: list[Row], cpu: bool, part: _Part) -> Iterator[list[Row]]:
+def _batches(rows: list[Row], cpu: bool, part: _Part, room: int | None) -> Iterator[list[Row]]:
     """Lone large blocks, and batches of small blocks of equal shape."""
     alike: dict[tuple[int, int], list[Row]] = {}
     for row in rows:
@@ -179,8 +185,10 @@ def _batches(rows: list[Row], cpu: bool, part: _Part) -> Iterator[list[Row]]:
         else:
             alike.setdefault((row.length, row.keys), []).append(row)
     per_key = part.k.shape[0] * part.k.shape[1] * part.k.shape[3]
-    for (_, keys), group in alike.items():
+    for (length, keys), group in alike.items():
         step = max(1, BATCH_ELEMENTS // max(1, keys * per_key))
+        if room is not None:
+            step = max(1, min(step, room // part.bytes(length, keys)))
         for at_ in range(0, len(group), step):
             yield group[at_ : at_ + step]
 
@@ -203,6 +211,12 @@ class _Part:
         self.q_order = None if order is None else (order if order.ndim == 1 else at(order, *lead)).long()
         order = None if plan.ordered else plan.kv_order
         self.kv_order = None if order is None else (order if order.ndim == 1 else at(order, *lead)).long()
+
+    def bytes(self, length: int, keys: int) -> int:
+        """What a block of so many queries and keys takes: k and v; q, its result and one copy of each; and pair masks."""
+        (b, h, _, d), size = self.q.shape, self.q.element_size()
+        pairs = length * keys if self.plan.has_pair_masks or self.plan.proxies is not None else 0
+        return max(1, size * d * b * (2 * keys * self.k.shape[1] + 4 * length * h) + PAIR_BYTES * pairs)
 
     def piece(self, batch: list[Row]) -> Piece:
         n, length, keys = len(batch), batch[0].length, batch[0].keys
@@ -272,8 +286,8 @@ class _Part:
             ok &= ((words.gather(2, index) >> (owner % 32)[:, None]) & 1).bool()
         length = at(plan.kv_len, *self.lead).tolist()
         lead = torch.tensor([sum(length[c] for c in r.full) for r in batch], device=q_pos.device)
-        full = torch.arange(k_pos.shape[1], device=q_pos.device) < lead[:, None]
-        return torch.where(ok | full[:, None], 0.0, -torch.inf)
+        ok |= (torch.arange(k_pos.shape[1], device=q_pos.device) < lead[:, None])[:, None]
+        return torch.where(ok, 0.0, -torch.inf)
 
     def _with_proxies(
         self, batch: list[Row], q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
@@ -324,24 +338,30 @@ def attend(
 
 
 def _merge(x: Tensor) -> Tensor:
-    """[b, h, n, L, D] -> [b, h * n, L, D] for SDPA, a view where n is 1."""
-    return x.flatten(1, 2)
+    """[b, h, n, L, D] -> [b, h, L, D] for one block and [b * h, n, L, D] for many, as SDPA takes it: views, masks included."""
+    return x[:, :, 0] if x.shape[2] == 1 else x.flatten(0, 1)
+
+
+def _split(x: Tensor, q: Tensor) -> Tensor:
+    """Undoes ``_merge`` for q [b, h, n, ..]: -> [b, h, n, ..]"""
+    return x[:, :, None] if q.shape[2] == 1 else x.unflatten(0, q.shape[:2])
 
 
 def _mask(bias: Tensor | None, q: Tensor) -> Tensor | None:
+    """[n, L, S] or with size-1 dims -> shared by batch items and heads, without a copy for each."""
     if bias is None:
         return None
     b, h, n = q.shape[:3]
     full = bias.to(q.dtype).expand(n, q.shape[3], -1)
-    return full[0].expand(b, h, -1, -1) if n == 1 else full.expand(b, h, -1, -1, -1).flatten(1, 2)
+    return full[0].expand(b, h, -1, -1) if n == 1 else full.expand(b * h, -1, -1, -1)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, None]:
     out = F.scaled_dot_product_attention(_merge(q), _merge(k), _merge(v), attn_mask=_mask(bias, q), scale=scale)
     if bias is not None:  # a row that sees nothing is 0, whatever the backend makes of it
         seen = (bias > -torch.inf).any(-1, keepdim=True).expand(q.shape[2], q.shape[3], 1)
-        out = torch.where(seen.expand(q.shape[0], q.shape[1], -1, -1, -1).flatten(1, 2), out, 0.0)
-    return out.unflatten(1, (q.shape[1], q.shape[2])), None
+        return torch.where(seen, _split(out, q), 0.0), None
+    return _split(out, q), None
 
 
 def _flash_ready(q: Tensor, d_value: int) -> bool:
@@ -352,7 +372,7 @@ def _flash_ready(q: Tensor, d_value: int) -> bool:
 def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, lse = op(_merge(q), _merge(k), _merge(v), 0.0, False, attn_mask=_mask(bias, q), scale=scale)
-    out, lse = out.unflatten(1, q.shape[1:3]), lse.unflatten(1, q.shape[1:3]).to(lse_dtype(q))
+    out, lse = _split(out, q), _split(lse, q).to(lse_dtype(q))
     if bias is not None:
         seen = (bias > -torch.inf).any(-1).expand(q.shape[2], q.shape[3])
         out, lse = torch.where(seen[..., None], out, 0.0), torch.where(seen, lse, -torch.inf)

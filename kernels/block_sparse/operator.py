@@ -73,7 +73,7 @@ def unflatten(
     spans, ranges = sizes[9 : 9 + sizes[8]], sizes[9 + sizes[8] :]
     box = None
     if "low" in named:
-        box = Box(*(named.pop(x) for x in ("low", "high", "coord")), span=tuple(pairs(spans)))
+        box = Box(named.pop("low"), named.pop("high"), named.pop("coord"), span=tuple(pairs(spans)))
     n, var = named.pop("proxy_n", None), named.pop("proxy_var", None)
     proxies = None if proxy_k is None or proxy_v is None else Proxies(proxy_k, proxy_v, n, var)
     return BlockPlan(

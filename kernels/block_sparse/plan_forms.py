@@ -112,7 +112,7 @@ def packed_box(plan: BlockPlan) -> PackedBox | None:
         words[1] += (high_a + full) << shift
         words[2] += coord[axis] << shift
         guard |= full << shift
-    return PackedBox(*(_word(x) for x in words), guard=int(_word(torch.tensor(guard))))
+    return PackedBox(_word(words[0]), _word(words[1]), _word(words[2]), int(_word(torch.tensor(guard))))
 
 
 def _word(x: Tensor) -> Tensor:

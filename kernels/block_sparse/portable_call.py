@@ -79,6 +79,7 @@ def _launch(
     q_order = None if plan.ordered else plan.q_order
     init_out, init_lse = init if init is not None else (None, None)
     box, proxies = plan.box, plan.proxies
+    low, high, coord = (None, None, None) if box is None else (box.low, box.high, box.coord)
     pk, pv, pn, var = (proxies.k, proxies.v, proxies.n, proxies.k_var) if proxies is not None else (None,) * 4
     listed = derived(plan, "listed_words", listed_words) if proxies is not None else None
     dense = derived(plan, "dense_flags", dense_flags) if plan.dense_rows else None
@@ -101,9 +102,9 @@ def _launch(
         every,
         launch_first,
         optional[0],
-        box and box.low,
-        box and box.high,
-        box and box.coord,
+        low,
+        high,
+        coord,
         plan.row_bits,
         plan.block_bias,
         plan.key_bias,

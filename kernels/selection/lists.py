@@ -5,13 +5,14 @@ Letters as in scoring.py; K list width.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-class BlockLists(NamedTuple):
+@dataclass(frozen=True)
+class BlockLists:
     """count int32 [B, H, R] and index int32 [B, H, R, K], as a plan takes them; unused slots hold 0."""
 
     count: Tensor

@@ -40,7 +40,7 @@ def pool_kernel(
     base, order = X + b * x_b + h * x_h, Order + b * o_b + h * o_h
     total = tl.zeros([DP], tl.float32)
     unit = tl.zeros([DP], tl.float32)
-    n = 0
+    n = tl.sum(tl.zeros([STEP], tl.int32), 0)
     for first in range(0, length, STEP):
         x, ok = rows_at(base, order, start + first + step, first + step < length, dims, x_n, x_d, D, ORDER)
         total += tl.sum(x, 0)

@@ -107,7 +107,7 @@ def _tensors(plan: BlockPlan) -> dict[str, Tensor]:
             found[field.name] = value
         elif field.name in NESTED and value is not None:
             parts = {f"{field.name}.{f.name}": getattr(value, f.name) for f in dataclasses.fields(value)}
-            found |= {name: x for name, x in parts.items() if x is not None}
+            found |= {name: x for name, x in parts.items() if isinstance(x, Tensor)}
     return found
 
 

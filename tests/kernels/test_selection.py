@@ -180,9 +180,10 @@ def test_keeping_everything_equals_dense_attention():
     length = torch.full_like(start, 8)
     pooled = [pool_blocks(x, start, length, max_length=8) for x in (q, k)]
     keep = keep_top_p(block_probabilities(block_scores(*pooled, 0.25)), 1.0)
-    count, index = block_lists(keep)
+    lists = block_lists(keep)
     plan = BlockPlan(
-        n_queries=40, n_keys=40, q_start=start, q_len=length, kv_start=start, kv_len=length, count=count, n_full=count, index=index
+        n_queries=40, n_keys=40, q_start=start, q_len=length, kv_start=start, kv_len=length, count=lists.count, n_full=lists.count,
+        index=lists.index,
     )  # fmt: skip
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.25)
     torch.testing.assert_close(block_sparse_attention(q, k, v, plan, scale=0.25), dense, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,1 @@
+"""Measuring kernels and transformer layers. Needs torch, triton and safetensors; `layers` needs diffusers too."""

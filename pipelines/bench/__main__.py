@@ -1,0 +1,54 @@
+"""``python -m foveal.pipelines.bench kernels|layers``: the same as ``foveal bench``, on machines that have torch and triton only."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from foveal.pipelines.bench import kernels
+from foveal.pipelines.bench.rows import write
+
+
+def run(
+    what: str,
+    *,
+    out: Path | None = None,
+    device: str | None = None,
+    seconds: float = 2.0,
+    tiny: bool = False,
+    cases: list[str] | None = None,
+) -> Path:
+    """Measure, print a line per row, write the file. -> its path"""
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if place.type == "cpu" and not tiny:
+        raise ValueError(f"bench {what} at full size needs a GPU; give --tiny to try it on a CPU.")
+    torch.manual_seed(0)
+    if what == "kernels":
+        rows = kernels.measure(place, seconds, tiny)
+        for r in rows:
+            print(kernels.line(r), flush=True)
+    else:
+        from foveal.pipelines.bench import layers
+
+        rows = layers.measure(place, seconds, tiny, cases)
+    path = out or Path(f"benchmarks/results/{what}.json")
+    write(path, what, rows, place)
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="foveal.pipelines.bench", description=__doc__)
+    parser.add_argument("what", choices=("kernels", "layers"))
+    parser.add_argument("--out", type=Path, help="default benchmarks/results/WHAT.json")
+    parser.add_argument("--device", help="default: cuda if there is one")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of measuring per case")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, for trying the harness on a CPU")
+    parser.add_argument("--cases", nargs="+", help="of layers: which models")
+    args = parser.parse_args()
+    print(run(args.what, out=args.out, device=args.device, seconds=args.seconds, tiny=args.tiny, cases=args.cases))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""The one schema of measured files: ``benchmarks/results/<bench>.json``."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveal.pipelines.bench.rounds import Rounds
+
+FIELDS = (
+    "case",
+    "op",
+    "impl",
+    "method",
+    "shape",
+    "dtype",
+    "density",
+    "ms",
+    "ms_min",
+    "ms_max",
+    "baseline",
+    "speedup",
+    "eff",
+    "rel_l2",
+    "includes",
+)
+
+
+def row(
+    case: str, op: str, impl: str, rounds: Rounds, baseline: str, *, density: float = 1.0, **facts: Any
+) -> dict[str, Any]:
+    """One competitor of one case. speedup: baseline ms / ms; eff: baseline ms x density / ms. A failed one keeps its reason."""
+    known = {
+        "case": case,
+        "op": op,
+        "impl": impl,
+        "method": None,
+        "dtype": "bf16",
+        "rel_l2": None,
+        "includes": ["kernel"],
+        "density": density,
+    }
+    known |= {"baseline": baseline, **facts}
+    if impl in rounds.failed:
+        return known | {
+            "ms": None,
+            "ms_min": None,
+            "ms_max": None,
+            "speedup": None,
+            "eff": None,
+            "failed": rounds.failed[impl],
+        }
+    timing, base = rounds.timings[impl], rounds.timings[baseline].ms
+    return known | timing.facts() | {"speedup": base / timing.ms, "eff": base * density / timing.ms}
+
+
+def rows_error(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Callable[[int, int], Tensor],
+    rows: list[int],
+    scale: float | None = None,
+) -> float:
+    """Relative L2 error of sampled query rows of the first and last head against fp64. ``seen(head, row)`` -> bool [M] or index of keys."""
+    wrong = size = 0.0
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    for head in (0, q.shape[1] - 1):
+        for r in rows:
+            keys = seen(head, r)
+            s = (k[0, head, keys].double() @ q[0, head, r].double()) * factor
+            true = s.softmax(0) @ v[0, head, keys].double()
+            wrong += (out[0, head, r].double() - true).square().sum().item()
+            size += true.square().sum().item()
+    return (wrong / size) ** 0.5 if size else 0.0
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    import importlib.metadata as metadata
+
+    from foveal import __version__
+
+    found = {"torch": torch.__version__, "foveal": __version__}
+    for name in ("triton", "diffusers", "flash-attn-4", "flash-linear-attention"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write(path: Path, bench: str, rows: list[dict[str, Any]], device: torch.device) -> None:
+    """Write rows with device, versions, date and command."""
+    missing = {name for r in rows for name in FIELDS if name not in r}
+    if missing:
+        raise ValueError(f"rows of {bench} lack {', '.join(sorted(missing))}.")
+    record = {
+        "bench": bench, "command": " ".join(["python", *_portable(sys.argv)]),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"), "device": device_name(device),
+        "versions": versions(), "rounds": min((r["rounds"] for r in rows if r.get("rounds")), default=0), "rows": rows,
+    }  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _portable(argv: list[str]) -> list[str]:
+    """The command without folders of this machine."""
+    script = argv[0]
+    first = (
+        ["-m", "foveal.pipelines.bench"]
+        if script.endswith("__main__.py")
+        else [f"{Path(script).parent.name}/{Path(script).name}"]
+    )
+    return [*first, *(Path(a).name if Path(a).is_absolute() else a for a in argv[1:])]
