@@ -13,9 +13,10 @@ test: $(STAMP)
 	$(BIN)/python -m pytest
 
 test-gpu:  ## in the environment of $(PYTHON), which needs torch for the GPU, triton, safetensors and pytest
-	PYTHONPATH=. $(PYTHON) -m pytest tests/kernels/test_block_sparse_gpu.py -m gpu
+	PYTHONPATH=. $(PYTHON) -m pytest tests/kernels/test_block_sparse_gpu.py tests/kernels/test_hopper_gpu.py tests/kernels/test_gated_linear_gpu.py -m gpu
 
 bench:  ## on an NVIDIA GPU; writes benchmarks/results
+	PYTHONPATH=. $(PYTHON) -m foveal.pipelines.bench kernels
 	PYTHONPATH=. $(PYTHON) benchmarks/static_methods.py
 
 lint: $(STAMP)

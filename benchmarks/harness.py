@@ -80,9 +80,10 @@ def write(path: Path, bench: str, rows: list[dict[str, Any]], rounds: int) -> No
 
     from foveal import __version__
 
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     record = {
         "bench": bench, "command": " ".join(["python", *sys.argv]),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"), "device": torch.cuda.get_device_name(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"), "device": device,
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "foveal": __version__}, "rounds": rounds, "rows": rows,
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)

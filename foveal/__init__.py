@@ -1,4 +1,4 @@
-"""foveal: sparse attention for the models that see and draw.
+"""foveal: sparse, cached and linear attention for the models that see and draw.
 
     import foveal
     handle = foveal.accelerate(pipe, "grat", group=(1, 16, 16))     # a diffusers pipeline or model
@@ -15,6 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from foveal.kernels.block_sparse import BlockPlan, Box, KernelOptions, Proxies, block_sparse_attention
+    from foveal.kernels.gated_linear import (
+        bidirectional_gated_linear_attention,
+        gated_linear_attention,
+        gated_linear_step,
+        linear_attention,
+    )
     from foveal.kernels.merge import merge_attention
     from foveal.pipelines.shipped import load
     from foveal.plugins.accelerate import accelerate, handle_of
@@ -40,8 +46,12 @@ _HOME: dict[str, str] = {
     "NeighborhoodAttnProcessor": "foveal.plugins.diffusers_host.processors",
     "Proxies": "foveal.kernels.block_sparse",
     "accelerate": "foveal.plugins.accelerate",
+    "bidirectional_gated_linear_attention": "foveal.kernels.gated_linear",
     "block_sparse_attention": "foveal.kernels.block_sparse",
+    "gated_linear_attention": "foveal.kernels.gated_linear",
+    "gated_linear_step": "foveal.kernels.gated_linear",
     "handle_of": "foveal.plugins.accelerate",
+    "linear_attention": "foveal.kernels.gated_linear",
     "load": "foveal.pipelines.shipped",
     "make_method": "foveal.plugins.method",
     "merge_attention": "foveal.kernels.merge",
@@ -63,8 +73,12 @@ __all__ = [
     "Proxies",
     "__version__",
     "accelerate",
+    "bidirectional_gated_linear_attention",
     "block_sparse_attention",
+    "gated_linear_attention",
+    "gated_linear_step",
     "handle_of",
+    "linear_attention",
     "load",
     "make_method",
     "merge_attention",

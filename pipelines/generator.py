@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveal.pipelines.emoji.generation import emoji_generator
+from foveal.pipelines.emoji.loading import is_emoji
 from foveal.pipelines.errors import UserError
 from foveal.pipelines.schema import StudyConfig
 
@@ -94,7 +96,8 @@ class Generator:
             )
         except ValueError as err:
             raise UserError(str(err)) from err
-        return Clip(out.frames.float().cpu(), out.latents.float().cpu())
+        frames = out.frames if hasattr(out, "frames") else out.images[:, None]
+        return Clip(frames.float().cpu(), out.latents.float().cpu())
 
     def _diffusers(self, prompts: list[str], seeds: list[int], on_step: OnStep, steps: int) -> Clip:
         last: dict[str, Tensor] = {}
@@ -152,7 +155,10 @@ def load_generator(study: StudyConfig) -> Generator:
     dtype = dtype_of(study.dtype, device)
     path = Path(study.model).expanduser()
     if study.model in shipped.shipped() or is_world_folder(path):
-        return world_generator(study, study.model if study.model in shipped.shipped() else path, device, dtype)
+        source = study.model if study.model in shipped.shipped() else path
+        if is_emoji(shipped.config_of(source)):
+            return emoji_generator(study, source, device, dtype)
+        return world_generator(study, source, device, dtype)
     return diffusers_generator(study, diffusers_source(study.model, shipped.shipped()), device, dtype)
 
 
@@ -176,6 +182,7 @@ def world_generator(study: StudyConfig, source: str | Path, device: torch.device
         for prompt in study.prompts:
             parse(prompt)
         pipe = shipped.load(source, device=device, dtype=dtype)
+        pipe.check_prompts(study.prompts)
     except ImportError as err:
         raise UserError(f"running {study.model} needs diffusers ({err}); pip install 'foveal[diffusers]'.") from err
     except (ValueError, FileNotFoundError) as err:
@@ -190,6 +197,7 @@ def world_generator(study: StudyConfig, source: str | Path, device: torch.device
         "guidance": card.guidance if study.sampler.guidance is None else study.sampler.guidance,
         "dtype": str(dtype).removeprefix("torch."), "device": device.type, "params": card.params, "layers": card.layers,
         "heads": card.heads, "head_dim": card.head_dim, "toy": card.toy, "note": card.note,
+        "objects": card.objects, "sizes": list(card.sizes),
     }  # fmt: skip
     return Generator(pipe, facts, device, world=True, arguments={"frames": frames, "size": size})
 

@@ -53,11 +53,15 @@ def one_value(
 
 def meta_of(study: Study, contestant: Contestant, cell: Cell, sample: Sample, dense: Sample | None) -> Meta:
     """What the metrics may know about one sample."""
-    reading = None
+    reading: Any = None
     if any("world" in metric.inputs for metric in study.metrics):
         from foveal.pipelines.world.reader import read
 
         reading = read(to_float(sample.video))
+    if any("emoji" in metric.inputs for metric in study.metrics):
+        from foveal.pipelines.emoji.reader import read as read_emoji
+
+        reading = read_emoji(to_float(sample.video)[:, 0])
     latents = None if sample.latents is None else sample.latents[None]
     reference = None if dense is None or dense.latents is None else dense.latents[None]
     return Meta(
@@ -112,6 +116,12 @@ def why_missing(metric: FunctionMetric) -> str:
         return "no teacher-forced run (step_samples is 0)"
     if "latents" in metric.inputs:
         return "the pipeline hands out no latents"
+    if metric.id == "acc_both":
+        return "no prompt names two objects"
+    if metric.id == "angle_error":
+        return "no prompt names a moving object"
+    if metric.id in ("acc_pair", "acc_relation"):
+        return "no prompt names two pictures"
     return "a single frame has no motion"
 
 

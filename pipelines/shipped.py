@@ -1,7 +1,8 @@
-"""The shipped toy models: what there is, where its files lie, and loading them into a `WorldPipeline`.
+"""The shipped toy models: what there is, where its files lie, and loading them into a pipeline.
 
     pipe = load("world-video")
     frames = pipe(["a small red circle moving right on a navy plain background"], seeds=[0]).frames
+    images = load("emoji-flux")(["a large fox on a mint plain background"], seeds=[0]).images
 
 Notable choices
 - A model is a folder: config.json, model.safetensors, text.safetensors, README.md (its card). Files are looked for
@@ -26,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from foveal.pipelines.emoji.loading import build, card_facts, is_emoji
 from foveal.pipelines.errors import UserError
 from foveal.pipelines.world.models import TOY, token_grid
 from foveal.pipelines.world.vocabulary import VOCAB
@@ -40,7 +42,11 @@ MODEL_FILE, TEXT_FILE = "model.safetensors", "text.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """Facts about one model. `sha256` is that of model.safetensors, None until weights were exported."""
+    """Facts about one model. `sha256` is that of model.safetensors, None until weights were exported.
+
+    kind: "world" (videos, `WorldPipeline`) or "emoji" (images, `EmojiPipeline`). objects: how many a prompt may name. world: the version of the pictures it learnt. shifts: (size, shift of the noise
+    levels) of every size it was trained at.
+    """
 
     id: str
     frames: int
@@ -56,8 +62,17 @@ class Card:
     head_dim: int
     sha256: str | None
     folder: Path
+    objects: int = 1
+    world: int = 1
+    shifts: tuple[tuple[int, float], ...] = ()
+    kind: str = "world"
     toy: bool = True
     note: str = TOY
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Frame sizes it was trained at, in pixels."""
+        return tuple(size for size, _ in self.shifts)
 
     @property
     def available(self) -> bool:
@@ -79,39 +94,55 @@ def load(
     name_or_path: str | os.PathLike[str],
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> WorldPipeline:
+    size: int | None = None,
+) -> Any:
     """Load a shipped model by name, or any folder in the same format by path.
 
-    dtype: of the transformer's weights; norms, modulation tables and the time embedding stay fp32, as in diffusers.
-    The pipeline carries its `card`.
+    size: pixels of the clips that calls make unless told otherwise, one of `card.sizes` (the model's own by default);
+    a call's `size` may be any that fits.
 
-    Raises UserError, a ValueError: an unknown name (nearest one suggested), a missing file, or one that is not the
-    recorded file.
+    dtype: of the transformer's weights; norms, modulation tables and the time embedding stay fp32, as in diffusers.
+    The pipeline, a `WorldPipeline` or an `EmojiPipeline`, carries its `card`.
+
+    Raises UserError, a ValueError: an unknown name (nearest one suggested), a missing file, one that is not the recorded
+    file, or a size the model was not trained at.
     """
+    folder = find(name_or_path)
+    config = _read_config(folder)
+    card = _card(config, folder)
+    if size is not None and size not in card.sizes:
+        known = ", ".join(map(str, card.sizes))
+        raise UserError(f"{card.id} was not trained at size {size}: use {known}, or give size to the call for timing.")
+    weights = {file: _read_weights(folder, file, config["files"][file]["sha256"]) for file in (MODEL_FILE, TEXT_FILE)}
+    pipe = build(config, size or card.size) if is_emoji(config) else _clip_pipeline(config, card, size or card.size)
+    _fill(pipe.transformer, weights[MODEL_FILE], folder / MODEL_FILE)
+    table = {key.removeprefix("text."): value for key, value in weights[TEXT_FILE].items()}
+    _fill(pipe.text, table, folder / TEXT_FILE)
+    _cast(pipe.transformer, dtype)
+    pipe.transformer.eval()
+    pipe.text.eval()
+    pipe.card = card
+    return pipe.to(device)
+
+
+def _clip_pipeline(config: dict[str, Any], card: Card, size: int) -> WorldPipeline:
+    """A video model's pipeline with untrained weights."""
     from foveal.pipelines.world.pipeline import FlowMatchEulerDiscreteScheduler, TextTable, WanTransformer3DModel
     from foveal.pipelines.world.pipeline import WorldPipeline as Pipeline
 
-    folder = find(name_or_path)
-    config = _read_config(folder)
     if tuple(config["words"]) != VOCAB:
         raise UserError(
-            f"{folder / 'config.json'} lists other words than this version of foveal: use matching versions."
+            f"{card.folder / 'config.json'} lists other words than this version of foveal: use matching versions."
         )
-    weights = {file: _read_weights(folder, file, config["files"][file]["sha256"]) for file in (MODEL_FILE, TEXT_FILE)}
-    transformer = WanTransformer3DModel(**config["transformer"])
-    text = TextTable(config["transformer"]["text_dim"])
-    _fill(transformer, weights[MODEL_FILE], folder / MODEL_FILE)
-    _fill(text, {key.removeprefix("text."): value for key, value in weights[TEXT_FILE].items()}, folder / TEXT_FILE)
-    _cast(transformer, dtype)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=config["shift"])
-    pipe = Pipeline(
-        transformer.eval(),
-        text.eval(),
-        scheduler,
-        **{key: config[key] for key in ("frames", "size", "steps", "guidance")},
+    return Pipeline(
+        WanTransformer3DModel(**config["transformer"]),
+        TextTable(config["transformer"]["text_dim"]),
+        FlowMatchEulerDiscreteScheduler(shift=config["shift"]),
+        **{key: config[key] for key in ("frames", "steps", "guidance")},
+        size=size,
+        objects=card.objects,
+        shifts={str(trained): shift for trained, shift in card.shifts},
     )
-    pipe.card = _card(config, folder)
-    return pipe.to(device)
 
 
 def find(name_or_path: str | os.PathLike[str]) -> Path:
@@ -133,11 +164,17 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
     return (complete or found)[0]
 
 
+def config_of(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The config of a model, read and not loaded. Raises as `load` does."""
+    return _read_config(find(name_or_path))
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        config["transformer"]["patch_size"] = tuple(config["transformer"]["patch_size"])
+        if not is_emoji(config):
+            config["transformer"]["patch_size"] = tuple(config["transformer"]["patch_size"])
         return config
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is not a model's config ({error}): get the folder again.") from error
@@ -145,17 +182,30 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _card(config: dict[str, Any], folder: Path) -> Card:
     net = config["transformer"]
-    grid = token_grid(net["patch_size"], config["frames"], config["size"])
+    own = card_facts(config) if is_emoji(config) else _clip_facts(config)
     return Card(
-        **{key: config[key] for key in ("id", "frames", "size", "steps", "guidance", "shift", "params")},
-        grid=grid,
-        tokens=grid[0] * grid[1] * grid[2],
-        layers=net["num_layers"],
+        **{key: config[key] for key in ("id", "size", "steps", "guidance", "params")},
         heads=net["num_attention_heads"],
         head_dim=net["attention_head_dim"],
         sha256=config["files"][MODEL_FILE]["sha256"],
         folder=folder,
+        **own,
     )
+
+
+def _clip_facts(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a video model's card that another kind of model has in its own way."""
+    grid = token_grid(config["transformer"]["patch_size"], config["frames"], config["size"])
+    shifts = config.get("shifts") or {str(config["size"]): config["shift"]}
+    return {
+        **{key: config[key] for key in ("frames", "shift")},
+        "grid": grid,
+        "tokens": grid[0] * grid[1] * grid[2],
+        "layers": config["transformer"]["num_layers"],
+        "objects": config.get("objects", 1),
+        "world": config.get("world", 1),
+        "shifts": tuple((int(size), float(shift)) for size, shift in shifts.items()),
+    }
 
 
 def _read_weights(folder: Path, name: str, sha256: str | None) -> dict[str, Tensor]:
@@ -189,7 +239,7 @@ def _cast(transformer: Any, dtype: torch.dtype) -> None:
     """Cast weights, but keep in fp32 what diffusers' own loader keeps in fp32."""
     if dtype == torch.float32:
         return
-    keep = transformer._keep_in_fp32_modules
+    keep = getattr(transformer, "_keep_in_fp32_modules", None) or ()
     for name, tensor in (*transformer.named_parameters(), *transformer.named_buffers()):
         if not any(part in keep for part in name.split(".")):
             tensor.data = tensor.data.to(dtype)

@@ -74,7 +74,8 @@ def open_study(config: StudyConfig, folder: Path, voice: Voice, sitting: str, *,
     check_study(config, sweep=sweep)
     voice.say(f"loading {config.model}")
     generator = load_generator(config)
-    chosen, skipped = choose(config.metrics, generator.world)
+    emoji = generator.facts.get("kind") == "emoji"
+    chosen, skipped = choose(config.metrics, generator.world and not emoji, emoji)
     if skipped and config.on_missing == "error":
         names = ", ".join(s["id"] for s in skipped)
         raise UserError(f"metrics: {names} {skipped[0]['reason']}; leave them out, or set on_missing: skip.")

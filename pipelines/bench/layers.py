@@ -26,9 +26,13 @@ from torch.overrides import TorchFunctionMode
 from foveal.pipelines.bench.rounds import Rounds, Stopwatch, Timing
 from foveal.pipelines.bench.rows import row
 from foveal.plugins.accelerate import accelerate
+from foveal.plugins.methods.dense import Dense
+from foveal.plugins.methods.grat import GRAT
+from foveal.plugins.methods.neighborhood import Neighborhood
 
 Rows = list[dict[str, Any]]
 Grid = tuple[int, int, int]
+METHODS = {"dense": Dense, "grat": GRAT, "neighborhood": Neighborhood}  # classes: names need an installed package
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +195,7 @@ class Competitor:
             block.register_forward_pre_hook(lambda *_: self.blocks.start())
             block.register_forward_hook(lambda *_: self.blocks.stop())
         self.n_blocks = len(blocks)
-        self.handle = accelerate(self.model, method[0], **method[1]) if method else None
+        self.handle = accelerate(self.model, METHODS[method[0]], **method[1]) if method else None
         self.peak = 0
 
     def __call__(self, inputs: dict[str, Tensor]) -> None:

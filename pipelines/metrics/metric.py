@@ -22,8 +22,8 @@ from foveal.pipelines.errors import UserError
 
 Family = Literal["fidelity", "attention", "distribution", "video"]
 Input = Literal[
-    "reference", "latents", "prompts", "tile", "trajectory", "world"
-]  # world: videos of the procedural world
+    "reference", "latents", "prompts", "tile", "trajectory", "world", "emoji"
+]  # world: videos of the procedural world; emoji: images of the emoji world
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from foveal.pipelines.errors import UserError
-from foveal.pipelines.metrics import fidelity, seam, ssim, teacher_forced, temporal, world
+from foveal.pipelines.metrics import emoji, fidelity, seam, ssim, teacher_forced, temporal, world
 from foveal.pipelines.metrics.metric import FunctionMetric
 
 
@@ -20,7 +20,8 @@ from foveal.pipelines.metrics.metric import FunctionMetric
 def metrics() -> dict[str, FunctionMetric]:
     """Every metric there is, id -> metric, in the order of the report."""
     groups = (fidelity.METRICS, ssim.METRICS, seam.METRICS, teacher_forced.METRICS, temporal.METRICS, world.METRICS)
-    return {metric.id: metric for group in groups for metric in group}
+    known = {metric.id: metric for group in groups for metric in group}
+    return known | {metric.id: metric for metric in emoji.METRICS if metric.id not in known}
 
 
 def metric(name: str) -> FunctionMetric:
@@ -33,16 +34,22 @@ def metric(name: str) -> FunctionMetric:
     raise UserError(f"there is no metric called {name!r}{hint}; known are {', '.join(known)}.")
 
 
-def choose(names: Iterable[str], world_model: bool) -> tuple[list[FunctionMetric], list[dict[str, str]]]:
+def choose(
+    names: Iterable[str], world_model: bool, emoji_model: bool = False
+) -> tuple[list[FunctionMetric], list[dict[str, str]]]:
     """The metrics of a run -> (computable ones, [{"id", "reason"}] for the rest).
 
-    World metrics read videos of the shipped procedural world; on any other model they do not apply.
+    World metrics read videos of the shipped procedural world, emoji metrics images of the emoji world; on any other model
+    they do not apply. An id that both have (acc_all, acc_scene) is answered by the model's own reader.
     """
     chosen, skipped = [], []
+    own = {found.id: found for found in (emoji.METRICS if emoji_model else ())}
     for name in names:
-        found = metric(name)
+        found = own.get(name) or metric(name)
         if "world" in found.inputs and not world_model:
             skipped.append({"id": found.id, "reason": "reads only videos of the shipped procedural world"})
+        elif "emoji" in found.inputs and not emoji_model:
+            skipped.append({"id": found.id, "reason": "reads only images of the shipped emoji model"})
         else:
             chosen.append(found)
     return chosen, skipped

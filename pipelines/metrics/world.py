@@ -3,7 +3,8 @@
 B samples.
 
 Notable choices
-- The reader's own scores under its own names: acc_* are 1 or 0 per sample, world_psnr needs no reference.
+- The reader's own scores under its own names: acc_* are 1 or 0 per sample, world_psnr needs no reference. With two
+  objects asked for, an attribute is right if both have it; acc_both has a value for such prompts alone.
 - A clip is read once: whoever computes several of these passes the reading along in `Meta`.
 """
 
@@ -11,18 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from foveal.pipelines.metrics.metric import FunctionMetric, Meta
-from foveal.pipelines.world.reader import Reading, read, score
+from foveal.pipelines.world.reader import Reading, direction_error, read, score
 from foveal.pipelines.world.vocabulary import parse
 
 ACCURACIES = {
-    "acc_all": "every attribute is as asked for",
-    "acc_colour": "colour as asked for",
-    "acc_shape": "shape as asked for",
-    "acc_size": "size as asked for",
-    "acc_motion": "motion as asked for",
+    "acc_all": "every attribute of every object, and the scene, are as asked for",
+    "acc_objects": "as many objects as asked for, every one right in all four attributes",
+    "acc_count": "as many objects as asked for",
+    "acc_colour": "colours as asked for",
+    "acc_shape": "shapes as asked for",
+    "acc_size": "sizes as asked for",
+    "acc_motion": "motions as asked for",
     "acc_scene": "style and background as asked for",
 }
 
@@ -40,6 +44,20 @@ def _accuracy(name: str) -> Callable[[Tensor, Tensor | None, Meta], Tensor]:
     return function
 
 
+def _both(gen: Tensor, ref: Tensor | None, meta: Meta) -> Tensor:
+    """acc_all of prompts that name two objects, NaN for others."""
+    assert meta.prompts is not None
+    scenes = [parse(prompt) for prompt in meta.prompts]
+    right = score(reading_of(gen, meta), scenes)["acc_all"]
+    two = torch.tensor([scene.second is not None for scene in scenes], device=right.device)
+    return torch.where(two, right, torch.nan)
+
+
+def _angle(gen: Tensor, ref: Tensor | None, meta: Meta) -> Tensor:
+    assert meta.prompts is not None
+    return direction_error(reading_of(gen, meta), [parse(prompt) for prompt in meta.prompts])
+
+
 def _field(name: str) -> Callable[[Tensor, Tensor | None, Meta], Tensor]:
     return lambda gen, ref, meta: getattr(reading_of(gen, meta), name)
 
@@ -55,5 +73,22 @@ METRICS = (
     *(
         FunctionMetric(name, "video", True, _accuracy(name), summary, ("world", "prompts"), proportion=True)
         for name, summary in ACCURACIES.items()
+    ),
+    FunctionMetric(
+        "acc_both",
+        "video",
+        True,
+        _both,
+        "acc_all of the prompts that name two objects",
+        ("world", "prompts"),
+        proportion=True,
+    ),
+    FunctionMetric(
+        "angle_error",
+        "video",
+        False,
+        _angle,
+        "degrees between the motion seen and the one asked for, moving objects",
+        ("world", "prompts"),
     ),
 )

@@ -13,7 +13,7 @@ from foveal.pipelines.report.source import Method, Metric, Study, finite, mappin
 from foveal.pipelines.report.words import listed, percent, plural, ratio
 
 FIDELITY = ("psnr", "step_rel_l1", "ssim", "psnr_pooled", "mse", "latent_rel_l2")
-QUALITY = ("acc_all", "world_psnr")
+QUALITY = ("acc_all", "world_psnr", "emoji_psnr")
 FEW_ROUNDS = 5
 LIKE = 1.15  # densities within this factor count as equal budgets
 

@@ -145,6 +145,7 @@ def _toy(s: Study) -> str:
     name = string(s.model.get("id"), "This model")
     text = f"{name} {TOY}"
     more = f" <span>{esc(said)}</span>" if said and "toy" not in said.casefold() else ""
+    more += f" <span>{esc(outside)}</span>" if (outside := string(s.model.get("outside"))) else ""
     return f'<p class="toy"><strong>Toy model.</strong> {esc(text)}{more}</p>'
 
 

@@ -18,7 +18,7 @@ from foveal.pipelines.report.labels import Label, Rect, place
 from foveal.pipelines.report.source import Method, Study, Value
 from foveal.pipelines.report.words import esc, number, percent, ratio
 
-Y_CHOICES = ("psnr", "step_rel_l1", "ssim", "world_psnr", "acc_all")
+Y_CHOICES = ("psnr", "step_rel_l1", "ssim", "world_psnr", "emoji_psnr", "acc_all")
 DODGE = 11.0  # pixels between points that stand side by side
 Scale = Callable[[Any], float]  # a value to pixels
 SIZES = {"wide": (760, 400), "narrow": (358, 360)}

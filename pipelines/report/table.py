@@ -16,7 +16,7 @@ from foveal.pipelines.report.source import Method, Metric, Study, finite, sequen
 from foveal.pipelines.report.words import DASH, NBSP, esc, listed, percent, plural, ratio, significant
 
 FIDELITY_FIRST = ("psnr", "ssim", "step_rel_l1", "tdiff_psnr")
-QUALITY_FIRST = ("world_psnr", "jitter", "acc_all")
+QUALITY_FIRST = ("world_psnr", "emoji_psnr", "jitter", "acc_all")
 IN_TABLE = {"fidelity": 4, "quality": 3}
 
 

@@ -46,6 +46,10 @@ def write_config(folder: Path, spec: ModelSpec, params: int) -> dict[str, Any]:
         "steps": spec.steps,
         "guidance": spec.guidance,
         "shift": spec.shift,
+        "world": spec.world,
+        "objects": spec.objects,
+        "shifts": {str(size): shift for size, shift in spec.sizes.items()},
+        "gates": [list(gate) for gate in spec.gates],
         "params": params,
         "transformer": {**spec.transformer, "patch_size": list(spec.transformer["patch_size"])},
         "words": list(VOCAB),
@@ -54,6 +58,13 @@ def write_config(folder: Path, spec: ModelSpec, params: int) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return config
+
+
+def record(folder: Path, **facts: Any) -> None:
+    """Add facts (JSON values) to a written config.json."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) | facts
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def sha256(file: Path) -> str | None:

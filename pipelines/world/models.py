@@ -21,7 +21,12 @@ TOY = "toy model trained on a synthetic world; its numbers do not transfer to la
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """One model: `transformer` holds the constructor arguments, the rest is the clip and the recommended sampler."""
+    """One model: `transformer` holds the constructor arguments, the rest is the clip and the recommended sampler.
+
+    world: the version of the pictures it learnt (`render`); objects: how many it knows; shifts: (size, shift) of every
+    size it was trained at, empty for `size` and `shift` alone; gates: what an export must reach, as (group, metric,
+    least) with a group of `examination.GROUPS`, judged at `size`.
+    """
 
     id: str
     transformer: dict[str, Any]
@@ -30,6 +35,15 @@ class ModelSpec:
     steps: int = 8
     guidance: float = 1.0
     shift: float = 6.0
+    world: int = 1
+    objects: int = 1
+    shifts: tuple[tuple[int, float], ...] = ()
+    gates: tuple[tuple[str, str, float], ...] = (("one", "acc_all", 0.97),)
+
+    @property
+    def sizes(self) -> dict[int, float]:
+        """Trained sizes and their shifts."""
+        return dict(self.shifts) or {self.size: self.shift}
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -64,8 +78,33 @@ def architecture(heads: int, layers: int, ffn: int) -> dict[str, Any]:
 
 MODELS: dict[str, ModelSpec] = {
     "world-nano": ModelSpec("world-nano", architecture(heads=2, layers=6, ffn=384), frames=8, size=32),
-    "world-video": ModelSpec("world-video", architecture(heads=3, layers=8, ffn=512), frames=16, size=64, shift=8.0),
+    "world-video": ModelSpec(
+        "world-video",
+        architecture(heads=3, layers=8, ffn=512),
+        frames=16,
+        size=64,
+        shift=8.0,
+        world=2,
+        objects=2,
+        shifts=((32, 6.0), (64, 8.0)),
+        gates=(
+            ("one", "acc_all", 0.98),
+            ("one", "world_psnr", 36.0),
+            ("two", "acc_all", 0.80),
+            ("one, held out", "acc_all", 0.95),
+        ),
+    ),
     "tiny": ModelSpec("tiny", architecture(heads=1, layers=2, ffn=64), frames=4, size=16),
+    "tiny-two": ModelSpec(
+        "tiny-two",
+        architecture(heads=1, layers=2, ffn=64),
+        frames=4,
+        size=24,
+        shift=8.0,
+        world=2,
+        objects=2,
+        shifts=((16, 6.0), (24, 8.0)),
+    ),
 }
 
 

@@ -5,6 +5,8 @@ Notable choices
   anything that plugs into diffusers' Wan plugs in here: attention processors, hooks, step caches, offload, LoRA.
 - Pixels are the latents: there is no VAE.
 - Noise is drawn on the CPU, per sample, from its own seed: a batch of two equals two batches of one.
+- A model may have been trained at several sizes, each with its own shift of the noise levels (`shifts`); another size
+  takes the scheduler's own. How many objects it knows is in its config, and a prompt with more is refused.
 - Each transformer call runs inside `cache_context("cond" | "uncond", step_index=..., sigma=...,
   num_inference_steps=...)`, as in diffusers' own Wan pipeline.
 
@@ -29,6 +31,7 @@ from torch import Tensor
 from foveal.pipelines.errors import UserError
 from foveal.pipelines.world.flow import seeded_noise, to_frames
 from foveal.pipelines.world.text import TextTable
+from foveal.pipelines.world.vocabulary import require_objects
 
 if TYPE_CHECKING:
     from foveal.pipelines.shipped import Card
@@ -48,7 +51,8 @@ class WorldOutput(BaseOutput):
 class WorldPipeline(DiffusionPipeline):
     """Text to video in the procedural world. Made by `foveal.pipelines.shipped.load`.
 
-    frames, size: the clip the model was trained on. steps, guidance: what a call uses unless told otherwise.
+    frames, size: the clip the model was trained on. steps, guidance: what a call uses unless told otherwise. objects:
+    how many a prompt may name. shifts: of the noise levels, by size in pixels, as {"32": 6.0}.
     `pipe.set_progress_bar_config(disable=True)` turns the progress bar off.
     """
 
@@ -68,10 +72,14 @@ class WorldPipeline(DiffusionPipeline):
         size: int = 64,
         steps: int = 8,
         guidance: float = 1.0,
+        objects: int = 1,
+        shifts: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, text=text, scheduler=scheduler)
         self.register_to_config(frames=frames, size=size, steps=steps, guidance=guidance)
+        self.register_to_config(objects=objects, shifts=shifts or {})
+        self._own_shift = scheduler.shift
         self._current_timestep: Tensor | None = None
         self._num_timesteps = 0
         self._guidance_scale = guidance
@@ -119,10 +127,11 @@ class WorldPipeline(DiffusionPipeline):
         frames, size = self._clip(frames, size)
         steps, guidance = self._sampler(steps, guidance)
         _check_request(prompts, seeds, output_type)
+        self.check_prompts(prompts)
         device = self._execution_device
         x = self._start(latents, seeds, frames, size).to(device)
         cond, null = self._encode(prompts, guidance)
-        self._set_schedule(steps, device)
+        self._set_schedule(steps, device, size)
         x = self._denoise(x, cond, null, guidance, callback_on_step_end)
         self.maybe_free_model_hooks()
         video = x if output_type == "latent" else to_frames(x)
@@ -144,12 +153,18 @@ class WorldPipeline(DiffusionPipeline):
         steps, guidance = self._sampler(steps, guidance)
         if not 0 <= step < steps:
             raise UserError(f"step {step} is outside a path of {steps} steps: use 0 to {steps - 1}.")
+        self.check_prompts(prompts)
         if latents.ndim != 5 or len(latents) != len(prompts):
             raise UserError(f"latents {tuple(latents.shape)} do not fit {len(prompts)} prompts: pass [B, 3, T, S, S].")
         device = self._execution_device
-        self._set_schedule(steps, device)
+        self._set_schedule(steps, device, latents.shape[-1])
         cond, null = self._encode(prompts, guidance)
         return self._predict(latents.to(device), step, cond, null, guidance)
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raises PromptError, a UserError: a prompt outside the grammar, or with more objects than the model knows."""
+        name = self.card.id if hasattr(self, "card") else "this model"
+        require_objects(prompts, self.config["objects"], name)
 
     def _denoise(
         self, x: Tensor, cond: Tensor, null: Tensor | None, guidance: float, callback: StepCallback | None
@@ -165,8 +180,9 @@ class WorldPipeline(DiffusionPipeline):
                 bar.update()
         return x
 
-    def _set_schedule(self, steps: int, device: torch.device) -> None:
+    def _set_schedule(self, steps: int, device: torch.device, size: int | None = None) -> None:
         """sigma_i = s t / (1 + (s - 1) t) with t = 1, 1 - 1/steps, ..., and 0 at the end; the scheduler applies s."""
+        self.scheduler.set_shift(self.config["shifts"].get(str(size), self._own_shift))
         self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist(), device=device)
         self.scheduler.set_begin_index(0)
         self._num_timesteps = steps

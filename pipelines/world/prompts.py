@@ -15,7 +15,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from foveal.pipelines.world.vocabulary import FIELDS
+from foveal.pipelines.world.pair_prompts import HELD_OUT_PAIR_PROMPTS, PAIR_PROMPTS
+from foveal.pipelines.world.vocabulary import FIELDS, OBJECT_FIELDS
 
 HELD_OUT_TRIPLES: frozenset[tuple[str, str, str]] = frozenset(
     {
@@ -147,9 +148,18 @@ HELD_OUT_PROMPTS: tuple[str, ...] = (
 )
 
 
-def validation_prompts(n: int = 64, held_out: bool = False) -> list[str]:
-    """The first n fixed prompts: of triples seen in training, or of held-out ones (at most 36)."""
-    prompts = HELD_OUT_PROMPTS if held_out else VALIDATION_PROMPTS
+def validation_prompts(n: int = 64, held_out: bool = False, objects: int = 1) -> list[str]:
+    """The first n fixed prompts.
+
+    objects: 1, 2, or 0 for both kinds in turn (32 of one object, 32 of two). held_out: of held-out triples instead of
+    triples seen in training (with objects = 2, one object of the two).  At most 64, held out at most 36.
+    """
+    one = HELD_OUT_PROMPTS if held_out else VALIDATION_PROMPTS
+    two = HELD_OUT_PAIR_PROMPTS if held_out else PAIR_PROMPTS
+    turns = tuple(prompt for both in zip(one, two, strict=True) for prompt in both)[: len(one)]
+    if objects not in (0, 1, 2):
+        raise ValueError(f"prompts with {objects} objects were asked for: use 1, 2, or 0 for both kinds.")
+    prompts = (turns, one, two)[objects]
     if not 1 <= n <= len(prompts):
         kind = "held-out" if held_out else "validation"
         raise ValueError(f"{n} {kind} prompts were asked for: there are 1 to {len(prompts)}.")
@@ -164,20 +174,34 @@ def triples(held_out: bool) -> tuple[tuple[int, int, int], ...]:
     return tuple(t for t in every if ((colours[t[0]], shapes[t[1]], motions[t[2]]) in HELD_OUT_TRIPLES) == held_out)
 
 
-def draw_attributes(n: int, generator: torch.Generator, held_out: bool = False) -> Tensor:
-    """Random scenes.  -> [n, 6] int64 on the generator's device, uniform over triples (the seen ones by default)"""
+def draw_attributes(n: int, generator: torch.Generator, held_out: bool = False, pairs: float = 0.0) -> Tensor:
+    """Random scenes.  -> [n, 10] int64 on the generator's device, uniform over triples (the seen ones by default)
+
+    pairs: share of scenes with a second object, of another colour and of the same kind of triples.
+    """
     device = generator.device
 
     def below(high: int) -> Tensor:
         return torch.randint(0, high, (n,), generator=generator, device=device)
 
-    pool = triple_table(held_out, device)
+    def uniform() -> Tensor:
+        return torch.rand(n, generator=generator, device=device)
+
+    pool, first, count = triple_table(held_out, device)
     colour, shape, motion = pool[below(len(pool))].unbind(1)
     size, style, background = (below(len(FIELDS[field])) for field in ("size", "style", "background"))
-    return torch.stack([size, colour, shape, motion, style, background], 1)
+    one = torch.stack([size, colour, shape, motion, style, background], 1)
+    if pairs <= 0:
+        return torch.cat([one, one.new_full((n, len(OBJECT_FIELDS)), -1)], 1)
+    other = (uniform() * (len(pool) - count[colour])).long()  # skips the block of the first object's colour
+    other = pool[other + (other >= first[colour]) * count[colour]]
+    second = torch.cat([below(len(FIELDS["size"]))[:, None], other], 1)
+    return torch.cat([one, torch.where((uniform() < pairs)[:, None], second, -1)], 1)
 
 
 @lru_cache(maxsize=16)
-def triple_table(held_out: bool, device: torch.device) -> Tensor:
-    """`triples` as a tensor on one device, made once.  -> [342 or 18, 3] int64"""
-    return torch.tensor(triples(held_out), device=device)
+def triple_table(held_out: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """`triples`, sorted by colour, on one device, made once.  -> [342 or 18, 3], first row and rows of each colour [8]"""
+    table = torch.tensor(triples(held_out), device=device)
+    count = torch.bincount(table[:, 0], minlength=len(FIELDS["colour"]))
+    return table, count.cumsum(0) - count, count

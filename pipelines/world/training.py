@@ -6,12 +6,15 @@ Notable choices
   weights.
 - The caller says how far the run is (`progress` in [0, 1]), by step or by wall time; the learning rate warms up by
   step, stays, and falls linearly to 2 % over the last part.
+- A recipe may mix clips of several sizes and change the mixture as the run goes on (`Stage`); every step has one size,
+  drawn from (seed, step), so a compiled network sees few shapes.
 
 B clips, T frames, S height = width
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +30,25 @@ from foveal.pipelines.world.vocabulary import word_ids
 
 FLOOR = 0.02  # last learning rate, relative to the peak
 SMOOTHING = 0.98  # of the logged loss
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Steps with clips of one size; `share` of the steps, relative to the other shapes."""
+
+    size: int
+    batch: int
+    shift: float
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A part of the run, up to `until` of its progress: its shapes, and the share of clips with two objects."""
+
+    until: float
+    pairs: float
+    shapes: tuple[Shape, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,20 +68,60 @@ class Recipe:
     weight_decay: float = 0.01  # not on vectors and tables
     clip: float = 1.0  # gradient norm
     seed: int = 1
+    world: int = 1  # version of the pictures
+    stages: tuple[Stage, ...] = ()  # none: every step has `size`, `batch`, `shift` and one object
+
+    def at(self, progress: float, step: int) -> tuple[Shape, float]:
+        """The shape of a step and the share of its clips with two objects."""
+        if not self.stages:
+            return Shape(self.size, self.batch, self.shift, 1.0), 0.0
+        stage = next((stage for stage in self.stages if progress < stage.until), self.stages[-1])
+        shares = [shape.share for shape in stage.shapes]
+        draw = random.Random(self.seed * 1_000_003 + step)
+        return draw.choices(stage.shapes, shares)[0], stage.pairs
+
+
+def mixed(small: tuple[int, int, float], large: tuple[int, int, float]) -> tuple[Stage, ...]:
+    """Mostly small clips first, then mostly large ones, half of all clips with two objects.
+
+    small, large: (size, batch, shift)
+    """
+    first = Stage(0.45, 0.5, (Shape(*small, 0.85), Shape(*large, 0.15)))
+    return first, Stage(1.0, 0.5, (Shape(*small, 0.3), Shape(*large, 0.7)))
 
 
 RECIPES: dict[str, Recipe] = {
     "world-nano": Recipe(frames=8, size=32, batch=256),
-    "world-video": Recipe(frames=16, size=64, batch=64, lr=6e-4, warmup=100, shift=8.0),
+    "world-video": Recipe(
+        frames=16,
+        size=64,
+        batch=64,
+        lr=8e-4,
+        decay=0.55,
+        shift=8.0,
+        world=2,
+        stages=mixed((32, 128, 6.0), (64, 64, 8.0)),
+    ),
     "tiny": Recipe(frames=4, size=16, batch=8, lr=2e-3, warmup=5, ema=0.9),
+    "tiny-two": Recipe(
+        frames=4,
+        size=24,
+        batch=4,
+        lr=2e-3,
+        warmup=5,
+        ema=0.9,
+        shift=8.0,
+        world=2,
+        stages=mixed((16, 8, 6.0), (24, 4, 8.0)),
+    ),
 }
 
 
 class Trainer:
     """A model, its text table and everything that changes while they are trained.
 
-    Attributes: step (steps done), loss (smoothed, 0-d tensor or None), named (parameters by name, "model." or
-    "text."), ema (their average, same order), optimizer.
+    Attributes: step (steps done), clips (clips seen), loss (smoothed, 0-d tensor or None), losses (the same of each
+    size), named (parameters by name, "model." or "text."), ema (their average, same order), optimizer.
     """
 
     def __init__(self, model: nn.Module, text: nn.Module, recipe: Recipe, device: torch.device) -> None:
@@ -69,8 +131,9 @@ class Trainer:
         self.ema = {name: p.detach().clone() for name, p in self.named.items()}
         self.optimizer = self._optimizer()
         self.generator = torch.Generator(device=device)
-        self.step = 0
+        self.step = self.clips = 0
         self.loss: Tensor | None = None
+        self.losses: dict[int, Tensor] = {}
 
     @property
     def bf16(self) -> bool:
@@ -80,7 +143,8 @@ class Trainer:
         """One step.  -> its loss, 0-d, not synchronised"""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, self.step, progress)
-        loss = self._loss()
+        shape, pairs = self.recipe.at(progress, self.step)
+        loss = self._loss(shape, pairs)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         parameters = list(self.named.values())
@@ -89,8 +153,10 @@ class Trainer:
         keep = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in parameters], 1 - keep)
         loss = loss.detach()
-        self.loss = loss if self.loss is None else SMOOTHING * self.loss + (1 - SMOOTHING) * loss
+        self.loss = _smoothed(self.loss, loss)
+        self.losses[shape.size] = _smoothed(self.losses.get(shape.size), loss)
         self.step += 1
+        self.clips += shape.batch
         return loss
 
     @contextmanager
@@ -109,13 +175,13 @@ class Trainer:
         for name, p in self.named.items():
             p.copy_(weights[name])
 
-    def _loss(self) -> Tensor:
-        recipe, rng, device = self.recipe, self.generator, self.device
+    def _loss(self, shape: Shape, pairs: float) -> Tensor:
+        recipe, rng, device, batch = self.recipe, self.generator, self.device, shape.batch
         rng.manual_seed(recipe.seed * 1_000_003 + self.step)
-        attributes = draw_attributes(recipe.batch, rng)
-        x0 = to_latents(render(attributes, recipe.frames, recipe.size, rng))
-        ids = word_ids(attributes) * (torch.rand(recipe.batch, 1, generator=rng, device=device) >= recipe.dropout)
-        sigma = draw_sigmas(recipe.batch, recipe.shift, recipe.high, rng)
+        attributes = draw_attributes(batch, rng, pairs=pairs)
+        x0 = to_latents(render(attributes, recipe.frames, shape.size, rng, recipe.world))
+        ids = word_ids(attributes) * (torch.rand(batch, 1, generator=rng, device=device) >= recipe.dropout)
+        sigma = draw_sigmas(batch, shape.shift, recipe.high, rng)
         noise = torch.randn(x0.shape, generator=rng, device=device)
         level = sigma.view(-1, 1, 1, 1, 1)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
@@ -129,6 +195,10 @@ class Trainer:
             {"params": [self.named[n] for n in free], "weight_decay": 0.0},
         ]
         return torch.optim.AdamW(groups, lr=self.recipe.lr, betas=(0.9, 0.98), fused=self.device.type == "cuda")
+
+
+def _smoothed(old: Tensor | None, new: Tensor) -> Tensor:
+    return new if old is None else SMOOTHING * old + (1 - SMOOTHING) * new
 
 
 def learning_rate(recipe: Recipe, step: int, progress: float) -> float:

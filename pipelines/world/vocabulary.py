@@ -1,11 +1,13 @@
 """The words of the world: what a prompt may say, and the ids the models were trained on.
 
 Notable choices
-- A prompt is ten slots, not free text: slots 0-3 describe the first object, 4-7 a second one, 8-9 the scene. The
-  shipped models saw one object, so slots 4-7 are always null today and the parser refuses a second object.
+- A prompt is ten slots, not free text: slots 0-3 describe the first object, 4-7 a second one (null: there is none),
+  8-9 the scene. Two objects have different colours, so a clip says which is which.
+- The language has two objects; how many a model knows is a fact of the model (`require_objects`).
 - Word order in `VOCAB` is part of the weights: never reorder, only append. Id 0 is the null word; all slots null is
   the unconditional prompt.
-- `Scene` is the value everything passes around; `attributes` is the same thing as six small integers, for tensors.
+- `Scene` is the value everything passes around; `attributes` is the same thing as ten small integers, for tensors:
+  the six of `FIELDS`, then the four of `OBJECT_FIELDS` of the second object, -1 where there is none.
 
 B clips
 """
@@ -42,6 +44,7 @@ BACKGROUNDS: dict[str, RGB] = {
 }
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "ring", "cross")
 SIZES: dict[str, float] = {"small": 0.16, "large": 0.26}  # radius, as a fraction of the frame
+PAIR_SIZES: dict[str, float] = {"small": 0.10, "large": 0.17}  # the same of two objects in one clip
 MOTIONS: dict[str, tuple[int, int]] = {  # direction, x to the right, y down
     "still": (0, 0),
     "right": (1, 0),
@@ -67,11 +70,16 @@ NULL = "<null>"
 VOCAB: tuple[str, ...] = (NULL, *(word for words in FIELDS.values() for word in words))
 N_SLOTS = 10
 SLOTS: dict[str, int] = {"size": 0, "colour": 1, "shape": 2, "motion": 3, "style": 8, "background": 9}
+OBJECT_FIELDS: tuple[str, ...] = ("size", "colour", "shape", "motion")
 SECOND_OBJECT_SLOTS: tuple[int, ...] = (4, 5, 6, 7)
+SECOND = len(FIELDS)  # first of the second object's columns
+COLUMNS = SECOND + len(OBJECT_FIELDS)
 
-GRAMMAR = "a {size} {colour} {shape} moving {direction}|standing still on a {background} {style} background"
+_OBJECT = "a {size} {colour} {shape} moving {direction}|standing still"
+GRAMMAR = f"{_OBJECT} [and {_OBJECT}] on a {{background}} {{style}} background"
+_THING = r"a (?P<size{0}>\S+) (?P<colour{0}>\S+) (?P<shape{0}>\S+) (?P<motion{0}>moving \S+|standing still)"
 _PROMPT = re.compile(
-    r"a (?P<size>\S+) (?P<colour>\S+) (?P<shape>\S+) (?P<motion>moving \S+|standing still)"
+    f"{_THING.format('')}(?: and {_THING.format('2')})?"
     r" on a (?P<background>\S+) (?P<style>\S+) background"
 )
 _GLUE = frozenset({"a", "and", "moving", "standing", "on", "background"})
@@ -82,8 +90,23 @@ class PromptError(UserError):
 
 
 @dataclass(frozen=True, slots=True)
+class Thing:
+    """One object: every field is a word of `FIELDS[field]`; anything else raises `PromptError`."""
+
+    size: str
+    colour: str
+    shape: str
+    motion: str
+
+    def __post_init__(self) -> None:
+        for field in OBJECT_FIELDS:
+            _check_word(field, getattr(self, field))
+
+
+@dataclass(frozen=True, slots=True)
 class Scene:
-    """One clip's content: an object (size, colour, shape, motion) on a background (style, background).
+    """One clip's content: an object (size, colour, shape, motion) on a background (style, background), and perhaps a
+    second object of another colour, drawn over the first.
 
     Every field is a word of `FIELDS[field]`; anything else raises `PromptError` naming the nearest word.
     """
@@ -94,75 +117,122 @@ class Scene:
     motion: str
     style: str
     background: str
+    second: Thing | None = None
 
     def __post_init__(self) -> None:
-        for field, words in FIELDS.items():
-            word = getattr(self, field)
-            if word not in words:
-                raise PromptError(f"{word!r} is not a {field}: use one of {', '.join(words)}{_nearest(word, words)}.")
+        for field in FIELDS:
+            _check_word(field, getattr(self, field))
+        if self.second is not None and self.second.colour == self.colour:
+            raise PromptError(
+                f"both objects are {self.colour}: two objects need different colours, change one of them."
+            )
+
+    @property
+    def things(self) -> tuple[Thing, ...]:
+        """The objects, in drawing order."""
+        first = Thing(self.size, self.colour, self.shape, self.motion)
+        return (first,) if self.second is None else (first, self.second)
 
     @property
     def attributes(self) -> tuple[int, ...]:
-        """Six indices, in the order of `FIELDS`."""
-        return tuple(words.index(getattr(self, field)) for field, words in FIELDS.items())
+        """Ten indices: six in the order of `FIELDS`, four of the second object (-1 without one)."""
+        first = [words.index(getattr(self, field)) for field, words in FIELDS.items()]
+        if self.second is None:
+            return (*first, *[-1] * len(OBJECT_FIELDS))
+        return (*first, *(FIELDS[field].index(getattr(self.second, field)) for field in OBJECT_FIELDS))
 
     @classmethod
     def from_attributes(cls, attributes: Sequence[int]) -> Scene:
-        """The inverse of `attributes`."""
-        return cls(**{field: words[int(i)] for (field, words), i in zip(FIELDS.items(), attributes, strict=True)})
+        """The inverse of `attributes`; the last four may be left out."""
+        numbers = [int(i) for i in attributes]
+        word = {field: words[i] for (field, words), i in zip(FIELDS.items(), numbers, strict=False)}
+        rest, second = numbers[SECOND:], None
+        if rest and rest[0] >= 0:
+            second = Thing(*(FIELDS[field][i] for field, i in zip(OBJECT_FIELDS, rest, strict=True)))
+        return cls.of(Thing(*(word[field] for field in OBJECT_FIELDS)), word["style"], word["background"], second)
+
+    @classmethod
+    def of(cls, first: Thing, style: str, background: str, second: Thing | None = None) -> Scene:
+        """A scene of whole objects."""
+        return cls(first.size, first.colour, first.shape, first.motion, style, background, second)
 
 
 def parse(prompt: str) -> Scene:
-    """Read a prompt of exactly this form (one object; single spaces, lower case):
+    """Read a prompt of exactly this form (single spaces, lower case; the part in brackets may be left out):
 
-        a {size} {colour} {shape} moving {direction}|standing still on a {background} {style} background
+        a {size} {colour} {shape} moving {direction}|standing still [and a ...] on a {background} {style} background
 
     >>> parse("a small red circle moving up-left on a navy striped background").motion
     'up-left'
 
-    Raises `PromptError`: an unknown word (with the nearest known one and the vocabulary), a second object, or known
-    words in the wrong order.
+    Raises `PromptError`: an unknown word (with the nearest known one and the vocabulary), two objects of one colour,
+    or known words in the wrong order.
     """
     known = _GLUE.union(VOCAB[1:])
     unknown = [word for word in prompt.split() if word not in known]
     if unknown:
         word = unknown[0]
         raise PromptError(f"unknown word {word!r} in prompt {prompt!r}{_nearest(word, sorted(known))}; {_words()}.")
-    if " and a " in prompt:
-        raise PromptError(
-            f"prompt {prompt!r} names two objects, but the shipped models know one: remove 'and a ...' up to 'on a'."
-        )
     match = _PROMPT.fullmatch(prompt)
-    if match is None or match["motion"] == "moving still":
+    if match is None or "moving still" in (match["motion"], match["motion2"]):
         raise PromptError(f"prompt {prompt!r} does not follow the grammar: write {GRAMMAR!r}; {_words()}.")
-    return Scene(**{**match.groupdict(), "motion": match["motion"].split()[1]})
+    first, second = _thing(match, ""), None if match["size2"] is None else _thing(match, "2")
+    return Scene.of(first, match["style"], match["background"], second)
+
+
+def _thing(match: re.Match[str], number: str) -> Thing:
+    size, colour, shape, motion = (match[f"{field}{number}"] for field in OBJECT_FIELDS)
+    return Thing(size, colour, shape, motion.split(" ")[1])
 
 
 def describe(scene: Scene) -> str:
     """The prompt of a scene; `parse(describe(scene)) == scene`."""
-    motion = "standing still" if scene.motion == "still" else f"moving {scene.motion}"
-    thing = f"a {scene.size} {scene.colour} {scene.shape}"
-    return f"{thing} {motion} on a {scene.background} {scene.style} background"
+
+    def words(thing: Thing) -> str:
+        motion = "standing still" if thing.motion == "still" else f"moving {thing.motion}"
+        return f"a {thing.size} {thing.colour} {thing.shape} {motion}"
+
+    return f"{' and '.join(map(words, scene.things))} on a {scene.background} {scene.style} background"
+
+
+def require_objects(prompts: Sequence[str], objects: int, model: str = "this model") -> None:
+    """Raises `PromptError` for the first prompt outside the grammar or with more objects than a model has seen."""
+    for prompt in prompts:
+        if len(parse(prompt).things) > objects:
+            raise PromptError(
+                f"prompt {prompt!r} names two objects, but {model} was trained on one: "
+                "remove 'and a ...' up to 'on a', or take a model whose card says two objects."
+            )
 
 
 def attributes_of(scenes: Sequence[Scene], device: torch.device | str = "cpu") -> Tensor:
-    """Scenes as integers.  -> [B, 6] int64, columns in the order of `FIELDS`"""
-    return torch.tensor([scene.attributes for scene in scenes], dtype=torch.long, device=device).view(-1, len(FIELDS))
+    """Scenes as integers.  -> [B, 10] int64, columns in the order of `FIELDS`, then the second object's (-1: none)"""
+    return torch.tensor([scene.attributes for scene in scenes], dtype=torch.long, device=device).view(-1, COLUMNS)
 
 
 def scenes_of(attributes: Tensor) -> list[Scene]:
-    """[B, 6] integers -> scenes; the inverse of `attributes_of`."""
+    """[B, 10] integers -> scenes; the inverse of `attributes_of`."""
     return [Scene.from_attributes(row) for row in attributes.tolist()]
 
 
 def word_ids(attributes: Tensor) -> Tensor:
-    """[B, 6] attributes -> [B, 10] int64 word ids; the slots of a second object are null (0)."""
+    """[B, 10] attributes -> [B, 10] int64 word ids; the slots of an absent second object are null (0)."""
     ids = torch.zeros(attributes.shape[0], N_SLOTS, dtype=torch.long, device=attributes.device)
-    offset = 1
+    offsets, offset = {}, 1
     for column, (field, words) in enumerate(FIELDS.items()):
         ids[:, SLOTS[field]] = attributes[:, column] + offset
+        offsets[field] = offset
         offset += len(words)
+    for column, (slot, field) in enumerate(zip(SECOND_OBJECT_SLOTS, OBJECT_FIELDS, strict=True)):
+        value = attributes[:, SECOND + column]
+        ids[:, slot] = torch.where(value < 0, 0, value + offsets[field])
     return ids
+
+
+def _check_word(field: str, word: str) -> None:
+    words = FIELDS[field]
+    if word not in words:
+        raise PromptError(f"{word!r} is not a {field}: use one of {', '.join(words)}{_nearest(word, words)}.")
 
 
 def _nearest(word: object, words: Sequence[str]) -> str:

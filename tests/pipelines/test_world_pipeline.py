@@ -46,6 +46,37 @@ def test_noise_levels_follow_the_formula(pipe, steps):
     torch.testing.assert_close(pipe.scheduler.timesteps, 1000 * expected[:-1].float())
 
 
+def test_every_trained_size_has_its_own_shift(pipe):
+    two = WorldPipeline(pipe.transformer, pipe.text, pipe.scheduler, 4, 24, 4, shifts={"16": 6.0, "24": 8.0})
+    two.set_progress_bar_config(disable=True)
+    seen = {}
+    for size in (16, 24, 20):
+        two(
+            PROMPTS[:1],
+            [0],
+            size=size,
+            callback_on_step_end=lambda p, i, t, f, at=size: seen.setdefault(at, []).append(f),
+        )
+    for size, shift in ((16, 6.0), (24, 8.0), (20, SPEC.shift)):
+        assert [facts["sigma"] for facts in seen[size]] == pytest.approx(sigma_schedule(4, shift)[:-1], abs=1e-6)
+    before = seen[16][2]["latents_before"]
+    torch.testing.assert_close(two.velocity(before, PROMPTS[:1], 2), seen[16][2]["velocity"])
+
+
+PAIR = PROMPTS[0].replace(" on a", " and a large blue ring moving down on a")
+
+
+def test_two_objects_are_for_models_that_know_them(pipe):
+    with pytest.raises(UserError, match="names two objects, but this model was trained on one"):
+        pipe([PAIR], [0])
+    with pytest.raises(UserError, match="names two objects"):
+        pipe.velocity(torch.zeros(1, *CLIP), [PAIR], 0)
+    two = WorldPipeline(pipe.transformer, pipe.text, pipe.scheduler, SPEC.frames, SPEC.size, 1, objects=2)
+    two.set_progress_bar_config(disable=True)
+    frames = two([PAIR, PROMPTS[0]], [0, 0]).frames
+    assert not torch.equal(frames[0], frames[1])
+
+
 def test_frames_are_documented(pipe):
     out = pipe(PROMPTS, [0, 1])
     assert out.frames.shape == (2, SPEC.frames, 3, SPEC.size, SPEC.size) and out.frames.dtype == torch.float32

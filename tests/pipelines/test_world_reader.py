@@ -11,7 +11,8 @@ from foveal.pipelines.world.reader import Reading, direction_error, read, score
 from foveal.pipelines.world.render import render
 from foveal.pipelines.world.vocabulary import scenes_of
 
-ACCURACIES = {"acc_colour", "acc_shape", "acc_size", "acc_motion", "acc_scene", "acc_all"}
+ATTRIBUTES = {"acc_colour", "acc_shape", "acc_size", "acc_motion", "acc_scene"}
+ACCURACIES = {*ATTRIBUTES, "acc_all", "acc_count", "acc_objects"}
 
 
 def clips(n: int, frames: int, size: int):
@@ -33,12 +34,13 @@ def test_rendered_clips_are_read_without_error(n, frames, size):
     assert set(rates) == ACCURACIES and all((value == 1).all() and value.shape == (n,) for value in rates.values())
     assert reading.world_psnr.mean() > 55 and reading.jitter.mean() < 2e-3
     moving = attributes[:, 3] > 0
-    assert reading.angle_error[moving].max() < 0.3 and reading.angle_error[~moving].isnan().all()
+    assert reading.angle_error[moving, 0].max() < 0.3 and reading.angle_error[~moving].isnan().all()
+    assert (reading.objects == 1).all() and reading.displacement[:, 1].isnan().all()
     assert direction_error(reading, scenes_of(attributes))[moving].max() < 0.3
-    assert reading.displacement[~moving].max() < 1e-4
+    assert reading.displacement[~moving, 0].max() < 1e-4
     for size_index, expected in ((0, 0.61), (1, 0.60)):
         chosen = moving & (attributes[:, 0] == size_index)
-        assert reading.displacement[chosen].mean() == pytest.approx(expected, abs=0.02)
+        assert reading.displacement[chosen, 0].mean() == pytest.approx(expected, abs=0.02)
     assert reading.colour_drift.mean() < 3e-3 and reading.area_drift.mean() < 1e-2
 
 
