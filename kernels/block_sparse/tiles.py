@@ -60,8 +60,9 @@ def fill(length: int, tile: int) -> float:
 
 def worth(name: str, plan: BlockPlan, keys: int) -> float:
     """Expected speed on this plan, in units of dense attention per pair: the tile's speed times the used share of tiles."""
-    rows = 128 if name == "hopper" else 64
-    return SPEED[name][keys] * fill(plan.max_q_len, rows) * fill(plan.max_kv_len, keys)
+    if name == "hopper":  # a consumer without rows still holds up the other one: counted twice
+        return SPEED[name][keys] * fill(plan.max_q_len, 128) ** 2 * fill(plan.max_kv_len, keys)
+    return SPEED[name][keys] * fill(plan.max_q_len, 64) * fill(plan.max_kv_len, keys)
 
 
 def hopper_keys(plan: BlockPlan) -> int:

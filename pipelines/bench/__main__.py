@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,17 +27,27 @@ def run(
     if place.type == "cpu" and not tiny:
         raise ValueError(f"bench {what} at full size needs a GPU; give --tiny to try it on a CPU.")
     torch.manual_seed(0)
-    if what == "kernels":
-        rows = kernels.measure(place, seconds, tiny)
-        for r in rows:
-            print(kernels.line(r), flush=True)
-    else:
-        from foveal.pipelines.bench import layers
-
-        rows = layers.measure(place, seconds, tiny, cases)
     path = out or Path(f"benchmarks/results/{what}.json")
-    write(path, what, rows, place)
+    rows: list[dict[str, Any]] = []
+    for found in _cases(what, place, seconds, tiny, cases):
+        rows += found
+        write(path, what, rows, place)  # after every case: a run that is cut off leaves what it has
     return path
+
+
+def _cases(
+    what: str, device: torch.device, seconds: float, tiny: bool, cases: list[str] | None
+) -> Iterator[list[dict[str, Any]]]:
+    from foveal.pipelines.bench import layers  # names diffusers only when it measures
+
+    measured = (
+        kernels.measure(device, seconds, tiny) if what == "kernels" else layers.measure(device, seconds, tiny, cases)
+    )
+    line = kernels.line if what == "kernels" else layers.line
+    for found in measured:
+        for r in found:
+            print(line(r), flush=True)
+        yield found
 
 
 def main() -> None:

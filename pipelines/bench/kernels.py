@@ -10,6 +10,7 @@ Notable choices
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -244,18 +245,23 @@ def host_rows(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Rows
     ]  # fmt: skip
 
 
-def measure(device: torch.device, seconds: float, tiny: bool = False) -> Rows:
-    """Every case. seconds: of measuring per case and density."""
+def measure(device: torch.device, seconds: float, tiny: bool = False) -> Iterator[Rows]:
+    """The rows of every case, case by case. seconds: of measuring per case and density."""
     if tiny:
         small: dict[str, Any] = {"heads": 2, "head_dim": 32, "dtype": torch.float32}
-        found = [r for case in TINY for r in sparse_rows(case, device, seconds, torch.float32)]
-        found += window_rows(device, seconds, (4, 8, 8), (2, 4, 4), (2, 4, 4), **small)
-        return found + order_rows(device, seconds, 256, **small) + selection_rows(device, seconds, 512, **small)
-    found = host_rows(device) + order_rows(device, seconds)
+        for case in TINY:
+            yield sparse_rows(case, device, seconds, torch.float32)
+        yield window_rows(device, seconds, (4, 8, 8), (2, 4, 4), (2, 4, 4), **small)
+        yield order_rows(device, seconds, 256, **small)
+        yield selection_rows(device, seconds, 512, **small)
+        return
+    yield host_rows(device)
+    yield order_rows(device, seconds)
     for case in CASES:
-        found += sparse_rows(case, device, seconds)
+        yield sparse_rows(case, device, seconds)
         torch.cuda.empty_cache()
-    return found + window_rows(device, seconds) + selection_rows(device, seconds)
+    yield window_rows(device, seconds)
+    yield selection_rows(device, seconds)
 
 
 def line(r: dict[str, Any]) -> str:

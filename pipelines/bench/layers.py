@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from foveal.pipelines.bench.rounds import Rounds, Stopwatch, Timing
+from foveal.pipelines.bench.rounds import Rounds, Stopwatch, Timing, orders
 from foveal.pipelines.bench.rows import row
 from foveal.plugins.accelerate import accelerate
 from foveal.plugins.methods.dense import Dense
@@ -284,14 +284,13 @@ def measure_case(case: Case, device: torch.device, seconds: float) -> Rows:
             rival(inputs)
             rival(inputs)
             rival.forget()
-        rounds = 3
         rivals["dense"](inputs)
         once = rivals["dense"].whole.times()[-1] * len(rivals)
         rivals["dense"].forget()
         rounds = int(min(20, max(3, seconds * 1e3 / once)))
-        for _ in range(rounds):
-            for rival in rivals.values():
-                rival(inputs)
+        for names in orders(list(rivals), rounds):
+            for name in names:
+                rivals[name](inputs)
     return _rows(case, rivals, order[0].name, str(dtype)[6:])
 
 
@@ -360,22 +359,17 @@ def line(r: dict[str, Any]) -> str:
     )
 
 
-def measure(device: torch.device, seconds: float, tiny: bool = False, cases: list[str] | None = None) -> Rows:
-    """Every case, or those named. seconds: of measuring per case."""
+def measure(device: torch.device, seconds: float, tiny: bool = False, cases: list[str] | None = None) -> Iterator[Rows]:
+    """The rows of every case, or of those named, case by case. seconds: of measuring per case."""
     known = TINY if tiny else CASES
     unknown = set(cases or ()) - {case.name for case in known}
     if unknown:
         raise ValueError(
             f"there is no case {', '.join(sorted(unknown))}; choose from {', '.join(case.name for case in known)}."
         )
-    found: Rows = []
     for case in known:
         if cases and case.name not in cases:
             continue
-        rows = measure_case(case, device, seconds)
-        for r in rows:
-            print(line(r), flush=True)
-        found += rows
+        yield measure_case(case, device, seconds)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return found

@@ -1,7 +1,7 @@
 """Interleaved timing: every round calls each competitor once, so that drift of clocks and power meets all alike.
 
 Notable choices
-- The figure is the median over rounds; smallest and largest stand beside it.
+- The order changes from round to round, and the figure is the median over rounds; smallest and largest stand beside it.
 - A competitor that fails is a finding, not a crash: it is left out of the rounds and keeps its reason.
 - GPU events on a GPU, the wall clock on a CPU.
 """
@@ -9,6 +9,7 @@ Notable choices
 from __future__ import annotations
 
 import contextlib
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -81,6 +82,13 @@ def watched(watch: Stopwatch) -> Iterator[None]:
     watch.stop()
 
 
+def orders(names: list[str], rounds: int) -> Iterator[list[str]]:
+    """The names in another order every round: who comes after a call that heats the card is not always the same."""
+    shuffle = random.Random(0)
+    for _ in range(rounds):
+        yield shuffle.sample(names, len(names))
+
+
 def interleaved(
     calls: dict[str, Call], device: torch.device, *, seconds: float = 2.0, least: int = 5, most: int = 40, warm: int = 2
 ) -> Rounds:
@@ -101,10 +109,10 @@ def interleaved(
             del alive[name]
     rounds = int(min(most, max(least, seconds * 1e3 / max(1e-3, cost)))) if alive else 0
     watches = {name: Stopwatch(device) for name in alive}
-    for _ in range(rounds):
-        for name, call in alive.items():
+    for names in orders(list(alive), rounds):
+        for name in names:
             with watched(watches[name]):
-                call()
+                alive[name]()
     return Rounds({name: Timing(tuple(watch.times())) for name, watch in watches.items()}, failed)
 
 
