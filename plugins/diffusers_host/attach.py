@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from foveal.plugins.accelerate import AccelerateError, Layers
 from foveal.plugins.diffusers_host import private
 from foveal.plugins.diffusers_host.bound import NO_CONTEXT_PARALLEL, BoundProcessor, bound_class
-from foveal.plugins.diffusers_host.grid import Layout
+from foveal.plugins.diffusers_host.families import recognise
 from foveal.plugins.diffusers_host.layer import Layer
+from foveal.plugins.diffusers_host.levels import watch_levels
 from foveal.plugins.diffusers_host.order_hook import OrderHook
-from foveal.plugins.diffusers_host.roles import role_of
-from foveal.plugins.diffusers_host.root_hook import Binder, Frame, Tracker, follow
+from foveal.plugins.diffusers_host.roles import MOTION, left_alone, roles_of
+from foveal.plugins.diffusers_host.root_hook import Frame, Tracker, follow
 from foveal.plugins.method import Method
 from foveal.plugins.record import Record
 
 KEY = "_foveal"
-LEVELS = ("Transformer2DModel", "AnimateDiffTransformer3D")  # modules whose input shows the grid of their level
 OWN_WEIGHTS = "the processor has weights of its own (an IP adapter, for instance)"
 
 
@@ -46,6 +46,7 @@ class Attachment:
         self.component, self.method, self.record = component, method, record
         self.frame = Frame()
         self.handle: Any = None
+        self.known = recognise(self.model)
         self.bound: dict[str, BoundProcessor] = {}
         self._undo: list[Callable[[], Any]] = []
         self._first_call = True
@@ -58,12 +59,15 @@ class Attachment:
         """Choose the layers; raises ``AccelerateError`` before anything is touched."""
         if private.context_parallel(self.model):
             raise AccelerateError(NO_CONTEXT_PARALLEL)
-        backend = private.active_backend()
-        if type(self.model).__name__.startswith("Cosmos") and "native" not in backend:
+        backend, family = private.active_backend(), self.known.family
+        if family is not None and family.name == "Cosmos" and "native" not in backend:
             raise AccelerateError(
                 f"Cosmos follows the process-wide attention backend, which is {backend!r}; set it to 'native' first."
             )
-        self.chosen = choose_layers(self.model, self.component, layers, roles)
+        found = roles_of(self.model, self.known)
+        self.chosen = choose_layers(self.model, self.component, found, layers, roles)
+        motion = layers is None and "temporal" not in roles
+        self.motion = [name for name, role in found.items() if motion and role == "temporal"]
 
     def enter(self) -> None:
         """Bind the chosen layers; an attachment the model already has goes first, with its originals restored."""
@@ -75,7 +79,8 @@ class Attachment:
         self.tracker = Tracker(self)
         self._undo += follow(self.tracker, self.model if self.compiled is None else self.compiled, self.model)
         self._bind()
-        self._watch_levels()
+        if self.known.family is not None and self.known.family.has_levels:
+            self._undo += watch_levels(self.model, [bound.layer for bound in self.bound.values()])
         self.model.__dict__[KEY] = self
         self._undo.append(partial(self.model.__dict__.pop, KEY, None))
 
@@ -85,20 +90,15 @@ class Attachment:
             module = self.model.get_submodule(name)
             original: Any = module.processor
             row = self.record.add_layer(self.component, name, role, index, label)
-            if isinstance(original, nn.Module):
-                row.left_alone = OWN_WEIGHTS
+            row.left_alone = OWN_WEIGHTS if isinstance(original, nn.Module) else left_alone(original)
+            if row.left_alone is not None:
                 continue
             make = partial(Layer, name, role, index, layers, self.method, self.frame, self.record, row)
             kind: type = type(original)
             self.bound[name] = bound_class(kind)(original, make)
             set_processor(module, self.bound[name])
-
-    def _watch_levels(self) -> None:
-        for name, module in self.model.named_modules():
-            if type(module).__name__ in LEVELS:
-                inside = [b.layer for n, b in self.bound.items() if n.startswith(name + ".")]
-                hook = partial(_local_layout, Binder(type(module).forward), inside)
-                self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        for name in self.motion:
+            self.record.add_layer(self.component, name, "temporal", len(self.record.layers), label).left_alone = MOTION
 
     # ---- while it runs
     def new_run(self, keep_calls: bool = False) -> None:
@@ -145,18 +145,14 @@ class Attachment:
         self.bound, self._undo = {}, []
 
 
-def choose_layers(model: nn.Module, component: str, layers: Layers, roles: Sequence[str]) -> list[tuple[str, str]]:
+def choose_layers(
+    model: nn.Module, component: str, found: dict[str, str], layers: Layers, roles: Sequence[str]
+) -> list[tuple[str, str]]:
     """(qualified name, role) of the layers to bind, in module order. Raises ``AccelerateError`` when there are none."""
-    classes = private.attention_classes()
-    found = [
-        (name, role_of(model, name))
-        for name, module in model.named_modules()
-        if isinstance(module, classes) and getattr(module, "processor", None) is not None
-    ]
     where = f"{component} ({type(model).__name__})" if component else type(model).__name__
-    of_role = [(name, role) for name, role in found if role in roles]
+    of_role = [(name, role) for name, role in found.items() if role in roles]
     if not of_role:
-        seen = ", ".join(sorted({role for _, role in found})) or "no attention at all"
+        seen = ", ".join(sorted(set(found.values()))) or "no attention at all"
         raise AccelerateError(f"{where} has no attention layers of the roles {', '.join(roles)}; it has: {seen}.")
     chosen = _select(of_role, layers)
     if not chosen:
@@ -189,14 +185,3 @@ def set_processor(module: Any, processor: Any) -> None:
         module.set_processor(processor)
     else:
         module.processor = processor
-
-
-def _local_layout(
-    bind: Binder, layers: list[Layer], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    """Each level of a UNet has its own grid; motion modules attend over frames at every pixel."""
-    call = bind(args, kwargs)
-    h, w = call["hidden_states"].shape[-2:]
-    for layer in layers:
-        grid = (int(call["num_frames"]), 1, 1) if layer.role == "temporal" else (1, int(h), int(w))
-        layer.local = Layout(grid, text=0)

@@ -7,7 +7,7 @@ Letters as in layer.py.
   function mode that is active only while the processor runs. Both trace without graph breaks.
 * In a compiled graph the call is one operator that carries the layer's number as a tensor: one graph serves all layers, and the
   method runs as it does outside.
-* The original processor is never changed; a private copy of it does the work.
+* The original processor is never changed; a private copy of it does the work (for HunyuanVideo 1.5, a restatement of it).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from foveal.plugins.accelerate import AccelerateError
 from foveal.plugins.diffusers_host import private
 from foveal.plugins.diffusers_host.compiled import attend_in_graph
+from foveal.plugins.diffusers_host.hunyuan15_processor import restated
 from foveal.plugins.diffusers_host.layer import Core, Layer
 
 SDPA = F.scaled_dot_product_attention
@@ -98,14 +99,14 @@ class BoundProcessor:
 
     def __init__(self, original: Any, make_layer: Callable[[Callable[[Core], Tensor]], Layer]) -> None:
         self.original = original
-        self.inner = copy.copy(original)
+        self.layer = make_layer(self.dense)
+        self.inner = restated(original, self.layer.frame) or copy.copy(original)
         self.by_backend = hasattr(original, "_attention_backend")
         self._dense_backend = getattr(original, "_attention_backend", None)
         self._dispatch = private.dispatcher()
         if self.by_backend:
             self.inner._attention_backend = private.ensure_backend(foveal_backend)
         self.mode = None if self.by_backend else _Intercept(self)
-        self.layer = make_layer(self.dense)
         self.ticket = self.layer.ticket
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

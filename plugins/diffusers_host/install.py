@@ -1,6 +1,7 @@
 """``set_attn_processor`` for our processors, on models and on pipelines; ``uninstall`` takes it back.
 
 * Models: diffusers' own method, wrapped. Only our templates are treated differently.
+* Models that diffusers gave no such method (Mochi, Z-Image, Cosmos): it is added, for our templates only.
 * Pipelines have no such method, and it is the line users try: it is added to ``DiffusionPipeline`` and reaches transformer,
   transformer_2 and unet.
 """
@@ -23,16 +24,18 @@ def install() -> None:
     original = getattr(mixin, METHOD)
     if not hasattr(original, MARK):
         setattr(mixin, METHOD, _on_model(original))
-    if not hasattr(pipeline, METHOD):
-        setattr(pipeline, METHOD, _on_pipeline)
+    for kind in (pipeline, *private.models_without_processors()):
+        if not hasattr(kind, METHOD):
+            setattr(kind, METHOD, _on_pipeline if kind is pipeline else _on_bare_model)
 
 
 def uninstall() -> None:
     """Give diffusers its own methods back. Accelerated models stay accelerated."""
     mixin, pipeline = private.attention_mixin(), private.pipeline_class()
     setattr(mixin, METHOD, getattr(getattr(mixin, METHOD), MARK, getattr(mixin, METHOD)))
-    if getattr(pipeline, METHOD, None) is _on_pipeline:
-        delattr(pipeline, METHOD)
+    for kind in (pipeline, *private.models_without_processors()):
+        if kind.__dict__.get(METHOD) in (_on_pipeline, _on_bare_model):
+            delattr(kind, METHOD)
 
 
 def _on_model(original: Any) -> Any:
@@ -48,6 +51,16 @@ def _on_model(original: Any) -> Any:
     return set_attn_processor
 
 
+def _on_bare_model(self: Any, processor: Any) -> None:
+    """Set the attention processor of a model that has no such method of its own: foveal's processors only."""
+    if not _is_template(processor):
+        raise AccelerateError(
+            f"{type(self).__name__} has no {METHOD} of its own and takes foveal's processors only; for another one, set "
+            "the processor of its layers."
+        )
+    _apply(self, processor)
+
+
 def _on_pipeline(self: Any, processor: Any) -> None:
     """Set the attention processor of every denoiser of this pipeline: transformer, transformer_2 and unet."""
     from foveal.plugins.diffusers_host.handle import parts
@@ -56,7 +69,7 @@ def _on_pipeline(self: Any, processor: Any) -> None:
         _apply(self, processor)
         return
     for component, model in parts(self):
-        if not hasattr(model, METHOD):
+        if not isinstance(model, private.attention_mixin()):
             raise AccelerateError(
                 f"{component} ({type(model).__name__}) has no {METHOD}; set the processors of its layers."
             )

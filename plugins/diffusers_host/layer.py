@@ -23,10 +23,12 @@ from foveal.plugins.clock import start_clock, stop_clock
 from foveal.plugins.diffusers_host.grid import UNKNOWN, Layout
 from foveal.plugins.diffusers_host.root_hook import Frame
 from foveal.plugins.method import Method
+from foveal.plugins.order import by
 from foveal.plugins.record import LayerRecord, Record
-from foveal.plugins.site import Site, Span, State
+from foveal.plugins.site import MethodError, Site, Span, State
 
 Dense = Callable[["Core"], Tensor]
+NOTHING_LEFT_OUT = "on so few tokens the method leaves nothing out"
 
 # Layers by ticket, for the operator that stands for them in compiled graphs: a graph can carry a number, not an object.
 LIVE: MutableMapping[int, Layer] = weakref.WeakValueDictionary()
@@ -95,13 +97,18 @@ class Layer:
         if self.record.wants(self.index, site.step) and not recomputing:
             self.record.keep(site, q, k, v)
         state = self.states.setdefault(site.branch, State())
-        return run_method(self.method, q, k, v, site, State(dict(state.values)) if recomputing else state)
+        state = State(dict(state.values)) if recomputing else state
+        if self.local is None:
+            return run_method(self.method, q, k, v, site, state)
+        return run_on_level(self.method, q, k, v, site, state)
 
     def _write(self, core: Core, result: Result, lap: Any) -> None:
         if result.out is None:
             self.record.ran_dense(self.row, self.frame.step, result.reason, lap)
         else:
-            self.record.ran_sparse(self.row, self.frame.step, result.plan, core.q.transpose(1, 2), lap, core.k.transpose(1, 2))
+            self.record.ran_sparse(
+                self.row, self.frame.step, result.plan, core.q.transpose(1, 2), lap, core.k.transpose(1, 2)
+            )
 
     def place(self, core: Core) -> Site | str:
         """The site of a call, or why it has none."""
@@ -118,8 +125,6 @@ class Layer:
         text = _text_tokens(layout, self.role, n)
         if text is None:
             return "the sequence does not fit the token grid"
-        if layout.extra:
-            return "reference images or padding among the tokens"
         valid = frame.valid_text if text and self.local is None else None
         if valid is not None and valid.shape[0] != core.q.shape[0]:
             return "text lengths of another batch"
@@ -128,15 +133,16 @@ class Layer:
         return self._site(layout, text, valid, core.scale)
 
     def _site(self, layout: Layout, text: int, valid: Tensor | None, scale: float | None) -> Site:
-        frame, visual = self.frame, layout.visual
-        start = text if layout.text_first else 0
-        span = Span(0, text) if layout.text_first else Span(visual, visual + text)
+        frame, start = self.frame, text if layout.text_first else 0
+        visual = Span(start, start + layout.visual)
+        extra = Span(visual.stop, visual.stop + layout.extra)
+        span = Span(0, text) if layout.text_first else Span(extra.stop, extra.stop + text)
         assert layout.grid is not None
         return Site(
-            role=self.role, name=self.name, layer=self.index, layers=self.layers, grid=layout.grid,
-            visual=Span(start, start + visual), step=frame.step, steps=frame.steps, branch=frame.branch,
-            text=span if text else None, valid_text=valid, ordered=frame.ordered and self.local is None,
-            scale=scale, layer_id=self.layer_id,
+            role=self.role, name=self.name, layer=self.index, layers=self.layers, grid=layout.grid, visual=visual,
+            step=frame.step, steps=frame.steps, branch=frame.branch, text=span if text else None, valid_text=valid,
+            extra=(extra,) if layout.extra else (), ordered=frame.ordered and self.local is None, scale=scale,
+            layer_id=self.layer_id,
         )  # fmt: skip
 
 
@@ -153,8 +159,13 @@ def _is_tail_padding(mask: Tensor, n: int) -> bool:
     return mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1:] == (1, 1, n)
 
 
-def run_method(method: Method, q: Tensor, k: Tensor, v: Tensor, site: Site, state: State) -> Result:
-    """One method on one call. A method that writes ``attend`` itself may leave its plan in ``state["plan"]``."""
+def run_method(
+    method: Method, q: Tensor, k: Tensor, v: Tensor, site: Site, state: State, spare_full: bool = False
+) -> Result:
+    """One method on one call. A method that writes ``attend`` itself may leave its plan in ``state["plan"]``.
+
+    spare_full: a plan that visits every pair is not worth a kernel of its own.
+    """
     reason = method.stands_aside(site)
     if reason is not None:
         return Result(None, reason=reason)
@@ -165,4 +176,17 @@ def run_method(method: Method, q: Tensor, k: Tensor, v: Tensor, site: Site, stat
     plan = method.plan(q, k, v, site, state)
     if plan is None:
         return Result(None, reason="the method chose dense attention")
+    if spare_full and plan.pairs == plan.n_queries * plan.n_keys:
+        return Result(None, reason=NOTHING_LEFT_OUT)
     return Result(block_sparse_attention(q, k, v, plan, scale=site.scale), plan)
+
+
+def run_on_level(method: Method, q: Tensor, k: Tensor, v: Tensor, site: Site, state: State) -> Result:
+    """One method on one level of a UNet. Knobs are chosen for the large levels: one that they do not fit runs dense, by name."""
+    where = f" (level {by(site.grid[1:])})"
+    try:
+        result = run_method(method, q, k, v, site, state, spare_full=True)
+    except MethodError as error:
+        return Result(None, reason=str(error).rstrip(".") + where)
+    too_small = result.reason == NOTHING_LEFT_OUT or site.tokens < method.min_tokens
+    return result._replace(reason=result.reason + where) if too_small else result

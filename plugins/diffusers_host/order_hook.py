@@ -39,6 +39,7 @@ RECIPES = {
     "WanTransformer3DModel": Recipe("patch_embedding", True, "rope", 1, "norm_out", "condition_embedder"),
     "FluxTransformer2DModel": Recipe("x_embedder", False, "pos_embed", 0, "norm_out"),
     "HunyuanVideoTransformer3DModel": Recipe("x_embedder", False, "rope", 0, "norm_out"),
+    "HunyuanVideo15Transformer3DModel": Recipe("x_embedder", False, "rope", 0, "norm_out"),
 }
 
 

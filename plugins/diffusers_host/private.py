@@ -17,6 +17,7 @@ from foveal.plugins.accelerate import AccelerateError
 
 SUPPORTED = ((0, 42), (0, 43))  # first supported version, first unsupported version
 BACKEND = "foveal"
+BARE_MODELS = ("MochiTransformer3DModel", "ZImageTransformer2DModel", "CosmosTransformer3DModel")
 
 
 class Private(NamedTuple):
@@ -61,6 +62,14 @@ CONTRACT = (
             use="find Flux's grid"),
     Private(f"{MODELS}.transformer_hunyuan_video", "HunyuanVideoTransformer3DModel.forward",
             ("hidden_states", "encoder_hidden_states", "encoder_attention_mask"), use="find HunyuanVideo's grid"),
+    Private(f"{MODELS}.transformer_hunyuan_video15", "HunyuanVideo15AttnProcessor2_0.__call__",
+            ("attn", "hidden_states", "encoder_hidden_states", "attention_mask", "image_rotary_emb"),
+            use="restate HunyuanVideo 1.5's attention"),
+    Private(f"{MODELS}.transformer_hunyuan_video15", "HunyuanVideo15Transformer3DModel.forward",
+            ("hidden_states", "encoder_attention_mask", "encoder_attention_mask_2", "image_embeds"),
+            use="find HunyuanVideo 1.5's valid text"),
+    Private("diffusers.models.embeddings", "apply_rotary_emb", ("x", "freqs_cis", "sequence_dim"),
+            use="restate HunyuanVideo 1.5's attention"),
 )  # fmt: skip
 
 
@@ -149,9 +158,21 @@ def pipeline_class() -> type:
     return lookup("diffusers", "DiffusionPipeline")
 
 
+def models_without_processors() -> tuple[type, ...]:
+    """Model classes with attention processors, but without ``set_attn_processor``."""
+    mixin = attention_mixin()
+    found = [lookup("diffusers", name) for name in BARE_MODELS]
+    return tuple(kind for kind in found if not issubclass(kind, mixin))
+
+
 def dispatcher() -> Callable[..., Any]:
     """diffusers' attention dispatcher: q, k, v [B, N, H, D]; ``backend=None`` is the process-wide backend."""
     return lookup(DISPATCH, "dispatch_attention_fn")
+
+
+def rotary() -> Callable[..., Any]:
+    """RoPE of x [B, N, H, D] by (cos, sin) [N, D] with ``sequence_dim=1``."""
+    return lookup("diffusers.models.embeddings", "apply_rotary_emb")
 
 
 def native_attention() -> Callable[..., Any]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from foveal.plugins.clock import Mark, start_clock, stop_clock
-from foveal.plugins.diffusers_host.grid import Layout, find_layout, ids_layout, nothing, text_lengths
+from foveal.plugins.diffusers_host.grid import Layout, nothing
+from foveal.plugins.diffusers_host.placing import Placing
+from foveal.plugins.diffusers_host.structure import parameters_of
 
 if TYPE_CHECKING:
     from foveal.plugins.diffusers_host.attach import Attachment
@@ -37,15 +40,25 @@ class Frame:
     steps: int | None = None
     branch: str | None = None
     valid_text: Tensor | None = None  # int32 [B] on the device
+    kept: Tensor | None = None  # [layout.text]: its length is dynamic to compilers, a number would be constant
     ordered: bool = False  # the order hook has permuted this call
     active: bool = False  # a model call is under way
+
+
+class _Now(threading.local):
+    """The frame of the model call under way in this thread, for traced code: what is reached through a module counts as constant."""
+
+    def __init__(self) -> None:
+        self.frame: Frame | None = None
+
+
+NOW = _Now()
 
 
 class Binder:
     """Positional and keyword arguments -> dict by name, without inspecting the signature at every call."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        parameters = list(inspect.signature(function).parameters.values())[1:]
+    def __init__(self, parameters: Sequence[inspect.Parameter]) -> None:
         self.names = [p.name for p in parameters]
         self.defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
 
@@ -66,14 +79,14 @@ class Tracker:
 
     def __init__(self, attachment: Attachment) -> None:
         self.attachment = attachment
-        self.bind = Binder(type(attachment.model).forward)
+        self.bind = Binder(parameters_of(type(attachment.model)))
+        self.placing = Placing(attachment.known)
         self.context: Context | None = None
         self.calls: dict[str | None, int] = {}
         self.scheduler: Callable[[], Any] = lambda: None
         self.run_steps: int | None = None
         self._last_step: int | None = None
         self._pass = 0
-        self._ids: tuple[Tensor, int, int, Layout] | None = None
         self._mark: Mark = None
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -82,10 +95,10 @@ class Tracker:
             return
         call, frame = self.bind(args, kwargs), attachment.frame
         self._follow_steps(frame)
-        frame.layout = self._layout(module, call)
-        frame.valid_text = text_lengths(call) if type(module).__name__.startswith("HunyuanVideo") else None
+        self._place(frame, call)
         attachment.order_hook.begin(call, frame)
         frame.active = True
+        NOW.frame = frame
         self._mark = start_clock(_device(call)) if attachment.record.timing else None
 
     def after(self, module: nn.Module) -> None:
@@ -94,6 +107,7 @@ class Tracker:
         if module is not attachment.model or not attachment.frame.active:
             return
         attachment.frame.active = False
+        NOW.frame = None
         attachment.order_hook.end()
         attachment.record.ran_forward(attachment.component, attachment.frame.step, stop_clock(self._mark))
         self._mark = None
@@ -124,15 +138,13 @@ class Tracker:
         unnamed = f"pass{min(self._pass, MOST_PASSES)}" if self._pass else None
         frame.branch = unnamed if name is None else name
 
-    def _layout(self, model: nn.Module, call: dict[str, Any]) -> Layout:
-        """Image ids are read once per tensor; the tensor is kept, so that its memory cannot come back as another grid."""
-        ids, text = call.get("img_ids"), call.get("encoder_hidden_states")
-        if not isinstance(ids, Tensor) or not isinstance(text, Tensor) or call.get("kv_cache_mode"):
-            return find_layout(model, call)
-        known, length = self._ids, text.shape[1]
-        if known is None or known[0] is not ids or known[1:3] != (ids._version, length):
-            known = self._ids = (ids, ids._version, length, ids_layout(ids, length))
-        return known[3]
+    def _place(self, frame: Frame, call: dict[str, Any]) -> None:
+        """Where the tokens of this call lie, and how much of its text is real."""
+        placing, model = self.placing, self.attachment.model
+        frame.layout = layout = placing.layout(model, call)
+        frame.valid_text = None if layout.grid is None else placing.valid_text(call, _device(call))
+        text = layout.text if placing.family == "HunyuanVideo" else None
+        frame.kept = None if text is None else torch.empty(text)
 
 
 def untraced(function: Callable[..., Any]) -> Callable[..., Any]:

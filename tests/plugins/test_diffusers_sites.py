@@ -14,10 +14,7 @@ from tiny import (
     hunyuan_inputs,
     hunyuan_transformer,
     image_ids,
-    noise,
     run,
-    wan_inputs,
-    wan_transformer,
 )
 
 from foveal.plugins.accelerate import accelerate
@@ -53,20 +50,6 @@ def test_grid_and_spans(name, grid, visual, text):
         assert (site.layer, site.layers, int(site.layer_id)) == (i, len(spy.seen), i)
         assert not site.ordered and site.extra == ()
     assert len(set(names)) == len(names)
-
-
-OTHER_GRIDS = {
-    "wan_i2v": GRID, "wan_vace": (2, 3, 4), "skyreels": (2, 3, 4), "flux2": (1, 4, 6), "cogvideox": GRID, "ltx": (2, 3, 4),
-    "ltx2": (2, 3, 4), "sd3": (1, 6, 8), "sd35": (1, 6, 8), "mochi": (2, 3, 4), "zimage": (1, 8, 8), "pixart": (1, 4, 4),
-}  # fmt: skip
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", OTHER_GRIDS)
-def test_grids_of_the_other_families(name):
-    model, inputs = zoo.build(name)
-    spy, _ = spied(model, inputs)
-    assert {site.grid for site, _ in spy.seen} == {OTHER_GRIDS[name]}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -137,17 +120,19 @@ def test_masked_method_equals_each_prompt_alone_without_padding():
         torch.testing.assert_close(run(model, alone), whole[i : i + 1], atol=2e-6, rtol=1e-5)
 
 
-# ---- what cannot be placed runs dense
-def test_kontext_references_run_dense():
-    model, inputs = flux_transformer(), flux_inputs()
-    inputs["img_ids"] = torch.cat((inputs["img_ids"], image_ids(2, 3, image=1)))
-    inputs["hidden_states"] = noise(1, 30, 16)
-    plain = run(model, inputs)
+# ---- references and padding are global tokens
+def test_references_are_seen_by_all_and_see_all():
+    model, inputs = zoo.build("kontext")
+    spy, _ = spied(model, inputs)
+    site = spy.seen[0][0]
+    assert (site.visual, site.extra) == (Span(5, 29), (Span(29, 35),))
     handle = accelerate(model, Masked(shuffle=True))
-    assert torch.equal(run(model, inputs), plain)
-    assert reasons(handle) == {"reference images or padding among the tokens": 4}
+    run(model, inputs)
+    assert reasons(handle) == {}
+    assert "there are reference or padding tokens" in str(handle.summary())
 
 
+# ---- what cannot be placed runs dense
 @pytest.mark.parametrize("change", ["shuffled", "hole", "reference first", "none generated"])
 def test_odd_image_ids_run_dense(change):
     model, inputs = flux_transformer(), flux_inputs()
@@ -203,32 +188,24 @@ def test_ids_changed_in_place_are_read_again():
 
 @pytest.mark.filterwarnings("ignore")
 def test_masks_beyond_text_padding_run_dense_by_name():
-    for name, reason in (
-        ("qwen", "an attention mask beyond padding of the text"),
-        ("hunyuan15", "HunyuanVideo 1.5 masks every pair of tokens"),
-    ):
-        model, inputs = zoo.build(name)
-        plain = run(model, inputs)
-        handle = accelerate(model, Masked())
-        assert torch.equal(run(model, inputs), plain)
-        assert reasons(handle) == {reason: 2}
-        assert f"dense, {reason}: 2 calls" in str(handle.summary())
+    reason = "an attention mask beyond padding of the text"
+    model, inputs = zoo.build("qwen")
+    inputs["encoder_hidden_states_mask"] = torch.tensor([[1, 1, 0, 1, 1, 1, 0, 0]])
+    plain = run(model, inputs)
+    handle = accelerate(model, Masked())
+    assert torch.equal(run(model, inputs), plain)
+    assert reasons(handle) == {reason: 2}
+    assert f"dense, {reason}: 2 calls" in str(handle.summary())
 
 
-def test_frame_pack_and_unknown_models_run_dense_by_name():
-    for name, reason in (("HunyuanVideoFramepackTransformer3DModel", "FramePack"), ("HunyuanVideoOther", None)):
-        cls = type(name, (type(hunyuan_transformer()),), {})
-        model, inputs = hunyuan_transformer(), hunyuan_inputs()
-        model.__class__ = cls
-        handle = accelerate(model, Spy())
-        run(model, inputs)
-        assert (
-            any(reason in r for r in reasons(handle))
-            if reason
-            else reasons(handle) == {"the method chose dense attention": 4}
-        )
-    model = wan_transformer()
-    model.__class__ = type("UnheardOf", (type(model),), {})
-    handle = accelerate(model, Spy())
-    run(model, wan_inputs())
-    assert reasons(handle) == {"the token grid of this model is unknown": 2}
+def test_masks_are_read_once_per_prompt_and_again_when_they_change():
+    model, inputs = zoo.build("qwen")
+    spy, mask = Spy(), inputs["encoder_hidden_states_mask"]
+    accelerate(model, spy)
+    run(model, inputs)
+    run(model, inputs)
+    first, again = spy.seen[0][0].valid_text, spy.seen[-1][0].valid_text
+    assert first is again and first.tolist() == [6]
+    mask[:, 3:] = 0
+    run(model, inputs)
+    assert spy.seen[-1][0].valid_text.tolist() == [3]
