@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test test-gpu bench lint check clean
+.PHONY: demo test test-matrix test-gpu bench lint check clean
 
 demo: $(STAMP)
 	$(BIN)/foveal demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+test-matrix: $(STAMP)  ## every host with every method under every condition
+	$(BIN)/python -m pytest tests/plugins -m matrix
 
 test-gpu:  ## in the environment of $(PYTHON), which needs torch for the GPU, triton, safetensors and pytest
 	PYTHONPATH=. $(PYTHON) -m pytest tests/kernels/test_block_sparse_gpu.py tests/kernels/test_hopper_gpu.py tests/kernels/test_gated_linear_gpu.py -m gpu

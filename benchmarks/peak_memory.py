@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -20,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import write
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import foveal
+from foveal.pipelines.bench.rounds import Stopwatch, watched
+from foveal.pipelines.bench.rows import write
 
 Inputs = dict[str, Tensor]
 Knobs = dict[str, Any]
@@ -96,16 +96,12 @@ def peak_of(forward: Callable[[], Any], device: torch.device) -> int:
 
 
 def times_of(forward: Callable[[], Any], device: torch.device, rounds: int) -> list[float]:
-    """Milliseconds of some forwards, device included."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    times = []
+    """Milliseconds of some forwards."""
+    watch = Stopwatch(device)
     for _ in range(rounds):
-        wait()
-        start = time.perf_counter()
-        forward()
-        wait()
-        times.append(1e3 * (time.perf_counter() - start))
-    return times
+        with watched(watch):
+            forward()
+    return watch.times()
 
 
 # ---- models
@@ -236,7 +232,7 @@ def row_of(
         "method": None if handle is None else handle.method.name, "setting": knobs,
         "shape": {"tokens": case.tokens, "heads": case.heads, "head_dim": case.head_dim, "batch": 1},
         "dtype": {"bfloat16": "bf16", "float32": "fp32"}[str(x.dtype)[6:]], "density": 1.0, "rel_l2": None,
-        "includes": ["order", "plan", "kernel", "inverse"], "qkv_bytes": 3 * case.tokens * case.heads * case.head_dim * x.element_size(),
+        "rounds": rounds, "includes": ["order", "plan", "kernel", "inverse"], "qkv_bytes": 3 * case.tokens * case.heads * case.head_dim * x.element_size(),
     }  # fmt: skip
     try:
         peak = peak_of(forward, x.device)
@@ -292,7 +288,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
                     f"{row['case']}, {row['op']}, {row['method'] or 'model alone'}: {row['peak_bytes']} bytes, {copies} copies of q, k, v"
                 )
             rows += found
-            write(given.out, "peak_memory", rows, given.rounds)
+            write(given.out, "peak_memory", rows, device)
     return rows
 
 

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from harness import interleaved, rows_error, write
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from foveal.kernels.block_sparse import BlockPlan
+from foveal.kernels.block_sparse import BlockPlan, choose
 from foveal.kernels.block_sparse.portable_call import triton_attention
 from foveal.kernels.block_sparse.tiles import Tile
+from foveal.pipelines.bench import competitors
+from foveal.pipelines.bench.rounds import interleaved
+from foveal.pipelines.bench.rows import row, rows_error, write
 from foveal.plugins.method import Method
 from foveal.plugins.methods.grat import GRAT
 from foveal.plugins.methods.neighborhood import Neighborhood
@@ -64,26 +64,8 @@ CASES = (
     Case("hunyuan-720p", (33, 45, 80), 256, False, 24, (11, 5, 8)),
 )
 DENSITIES = (0.25, 0.125)
-
-
-def dense_calls(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
-    n = q.shape[2]
-    calls: dict[str, Any] = {
-        "cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION, q, k, v),
-        "flash2": _sdpa(SDPBackend.FLASH_ATTENTION, q, k, v),
-    }
-    if n % 128:
-        padded = [F.pad(x, (0, 0, 0, -n % 128)) for x in (q, k, v)]  # a lower bound: the mask it would need is left out
-        calls["cudnn-padded"] = _sdpa(SDPBackend.CUDNN_ATTENTION, *padded)
-    return calls
-
-
-def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Any:
-    def call() -> Tensor:
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v)
-
-    return call
+CUDA = torch.device("cuda")
+INCLUDES = {"operator": ["order", "plan", "kernel", "inverse"], "ordered": ["plan", "kernel"]}
 
 
 def methods(case: Case, density: float) -> dict[str, Method]:
@@ -94,12 +76,11 @@ def methods(case: Case, density: float) -> dict[str, Method]:
 
 
 def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
+    """Dense and every method at every density, one interleaved measurement."""
     site, ordered = case.site(False), case.site(True)
-    q, k, v = (
-        torch.randn(1, site.tokens, case.heads, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
-        for _ in range(3)
-    )
-    calls, facts = dense_calls(q, k, v), {}
+    q, k, v = draw(site.tokens, case.heads)
+    calls: dict[str, Any] = competitors.dense(q, k, v)
+    dense, facts = list(calls), {}
     for density in DENSITIES:
         for name, method in methods(case, density).items():
             key = f"{name}@{density}"
@@ -110,33 +91,47 @@ def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
             facts[key] = (name, plan, time.perf_counter() - started)
             calls[f"{key} operator"] = _attend(method, q, k, v, site)
             calls[f"{key} ordered"] = _attend(method, q, k, v, ordered)
-    times = interleaved(calls, seconds)
-    baseline = min((n for n in times if "@" not in n), key=lambda n: times[n]["ms"])
-    rows = [_row(case, n, None, 1.0, 1.0, t, times[baseline]["ms"], baseline) for n, t in times.items() if "@" not in n]
+    rounds = interleaved(calls, CUDA, seconds=seconds)
+    baseline = rounds.fastest([n for n in dense if n != "flash4"])
+    shape = {"tokens": site.tokens, "heads": case.heads, "head_dim": 128, "batch": 1, "grid": list(case.grid)}
+    rows = [row(case.name, "dense_fwd", n, rounds, baseline, shape=shape, visited=1.0) for n in dense]
     for key, (name, plan, built) in facts.items():
-        out = calls[f"{key} operator"]()
-        error = rows_error(out, q, k, v, _seen(plan), [0, 7, q.shape[2] // 2, q.shape[2] - 1])
-        for kind in ("operator", "ordered"):
-            row = _row(
-                case,
-                "triton",
-                name,
-                plan.density,
-                plan.visited,
-                times[f"{key} {kind}"],
-                times[baseline]["ms"],
-                baseline,
-            )
-            row |= {"setting": plan.label, "rel_l2": error, "plan_build_s": round(built, 4)}
-            row["includes"] = ["order", "plan", "kernel", "inverse"] if kind == "operator" else ["plan", "kernel"]
-            if kind == "operator":
-                row["order_share"] = 1 - times[f"{key} ordered"]["ms"] / row["ms"]
-            rows.append(row)
-            print(
-                f"{case.name:14} {key:20} {kind:9} density {row['density']:.3f} {row['ms']:8.3f} ms  x{row['speedup']:.2f}  eff {row['eff']:.3f}  err {error:.1e}  {plan.label}",
-                flush=True,
-            )
+        known = {
+            "method": name,
+            "density": plan.density,
+            "visited": plan.visited,
+            "shape": shape,
+            "setting": plan.label,
+        }
+        known |= {"plan_build_s": round(built, 4)}
+        if f"{key} operator" in rounds.timings:
+            at = [0, 7, site.tokens // 2, site.tokens - 1]
+            known["rel_l2"] = rows_error(calls[f"{key} operator"](), q, k, v, _seen(plan), at)
+        impl = choose(q, plan, k=k, v=v).name
+        operator, kept = (
+            row(case.name, "block_sparse_fwd", impl, rounds, baseline, key=f"{key} {kind}", includes=includes, **known)
+            for kind, includes in INCLUDES.items()
+        )
+        if operator["ms"] and kept["ms"]:
+            operator["order_share"] = 1 - kept["ms"] / operator["ms"]
+        rows += [operator, kept]
+        for kind, r in zip(INCLUDES, (operator, kept), strict=True):
+            print(line(key, kind, r), flush=True)
     return rows
+
+
+def draw(tokens: int, heads: int) -> list[Tensor]:
+    """q, k, v [1, H, N, 128] as a projection leaves them: heads beside each other."""
+    return [torch.randn(1, tokens, heads, 128, device=CUDA, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)]
+
+
+def line(key: str, kind: str, r: dict[str, Any]) -> str:
+    if r.get("failed"):
+        return f"{r['case']:14} {key:20} {kind:9} failed: {r['failed']}"
+    return (
+        f"{r['case']:14} {key:20} {kind:9} {r['impl']:8} density {r['density']:.3f} {r['ms']:8.3f} ms  x{r['speedup']:.2f}  "
+        f"eff {r['eff']:.3f}  err {r['rel_l2']:.1e}  {r['setting']}"
+    )
 
 
 def _attend(method: Method, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Any:
@@ -150,7 +145,7 @@ def _seen(plan: BlockPlan) -> Any:
     position = {int(t): p for p, t in enumerate(plan.q_order.tolist())} if plan.q_order is not None else {}
     starts, lengths, visits = plan.q_start[0, 0], plan.q_len[0, 0], plan.visits()[0, 0]
 
-    def seen(row: int) -> Tensor:
+    def seen(head: int, row: int) -> Tensor:
         p = position.get(row, row)
         r = int(((starts <= p) & (p < starts + lengths)).nonzero()[0])
         mask = torch.zeros(plan.n_keys, dtype=torch.bool)
@@ -162,57 +157,19 @@ def _seen(plan: BlockPlan) -> Any:
     return seen
 
 
-def _row(
-    case: Case,
-    impl: str,
-    method: str | None,
-    density: float,
-    visited: float,
-    t: dict[str, float],
-    base: float,
-    baseline: str,
-) -> dict[str, Any]:
-    shape = {
-        "tokens": case.site(False).tokens,
-        "heads": case.heads,
-        "head_dim": 128,
-        "batch": 1,
-        "grid": list(case.grid),
-    }
-    row = {
-        "case": case.name,
-        "op": "block_sparse_fwd" if method else "dense_fwd",
-        "impl": impl,
-        "method": method,
-        "shape": shape,
-        "dtype": "bf16",
-    }
-    row |= {
-        "density": density,
-        "visited": visited,
-        **t,
-        "baseline": baseline,
-        "speedup": base / t["ms"],
-        "eff": base * density / t["ms"],
-    }
-    return row
-
-
 def tune(case: Case) -> None:
     """Time tile sizes of the portable kernel on one ordered plan of this case."""
     site = case.site(True)
-    q, k, v = (
-        torch.randn(1, site.tokens, case.heads, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
-        for _ in range(3)
-    )
+    q, k, v = draw(site.tokens, case.heads)
     plan = methods(case, 0.25)["grat"].plan(q, k, v, site, State())
     shapes = ((64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3), (128, 32, 4, 4))
     tiles = [Tile(*shape) for shape in shapes]
     calls = {str(t): (lambda t=t: triton_attention(q, k, v, plan, 128**-0.5, False, tile=t)) for t in tiles}
-    for name, t in sorted(
-        interleaved(calls | {"cudnn": dense_calls(q, k, v)["cudnn"]}, 2.0).items(), key=lambda x: x[1]["ms"]
-    ):
-        print(f"{case.name:14} {name:50} {t['ms']:8.3f} ms", flush=True)
+    rounds = interleaved(calls | {"cudnn": competitors.dense(q, k, v)["cudnn"]}, CUDA)
+    for name, timing in sorted(rounds.timings.items(), key=lambda item: item[1].ms):
+        print(f"{case.name:14} {name:50} {timing.ms:8.3f} ms", flush=True)
+    for name, reason in rounds.failed.items():
+        print(f"{case.name:14} {name:50} failed: {reason}", flush=True)
 
 
 def main() -> None:
@@ -227,7 +184,7 @@ def main() -> None:
             tune(case)
         return
     rows = [row for case in CASES for row in measure(case, args.seconds)]
-    write(args.out, "kernels", rows, int(min(r["rounds"] for r in rows)))
+    write(args.out, "static_methods", rows, CUDA)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Draw the README's tables: kernel support from the kernels' needs, measurements from ``benchmarks/results``.
+"""Draw what is drawn from data: the README's tables, docs/benchmarks.md, configs/presets/measured.json and docs/presets.md.
 
-``python benchmarks/tables.py`` rewrites the marked parts of README.md; ``--check`` exits 1 where they are out of date.
+``python benchmarks/tables.py`` rewrites them (of README.md the marked parts); ``--check`` exits 1 where one is out of date.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
+
+import bench_page
+import preset_page
+from records import ROOT
 
 from foveal.kernels.block_sparse import support_table
-
-ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
 
 
 def static_methods() -> str:
@@ -29,7 +29,7 @@ def static_methods() -> str:
     ]
     dense = {(r["case"], r["impl"]): r["ms"] for r in record["rows"] if r["op"] == "dense_fwd"}
     for row in record["rows"]:
-        if row["method"] is None or "order" not in row["includes"]:
+        if row["method"] is None or "order" not in row["includes"] or row.get("failed"):
             continue
         base = f"{dense[row['case'], row['baseline']]:.2f} ms ({row['baseline']})"
         shape = f"{row['shape']['tokens']:,} x {row['shape']['heads']}"
@@ -44,8 +44,9 @@ def static_methods() -> str:
 PARTS = {"support": support_table, "static_methods": static_methods}
 
 
-def drawn(text: str) -> str:
-    """The page with every marked part drawn anew."""
+def readme() -> str:
+    """README.md with every marked part drawn anew."""
+    text = (ROOT / "README.md").read_text()
     for name, draw in PARTS.items():
         start, stop = f"<!-- table: {name} -->", f"<!-- end: {name} -->"
         before, rest = text.split(start)
@@ -54,17 +55,35 @@ def drawn(text: str) -> str:
     return text
 
 
+# In this order: the presets' page reads measured.json.
+PAGES = {
+    "README.md": readme,
+    "docs/benchmarks.md": bench_page.page,
+    "configs/presets/measured.json": preset_page.measured,
+    "docs/presets.md": preset_page.page,
+}
+
+
+def stale(write: bool) -> list[str]:
+    """Files that differ from what the data say; rewritten when ``write`` is set."""
+    found = []
+    for name, draw in PAGES.items():
+        path, new = ROOT / name, draw()
+        if not path.is_file() or path.read_text() != new:
+            found.append(name)
+            if write:
+                path.write_text(new)
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    text = README.read_text()
-    new = drawn(text)
-    if check and new != text:
-        print("README.md is out of date: run python benchmarks/tables.py.", file=sys.stderr)
-        return 1
-    README.write_text(new)
-    return 0
+    found = stale(write=not check)
+    if check and found:
+        print(f"out of date: {', '.join(found)}; run python benchmarks/tables.py.", file=sys.stderr)
+    return int(check and bool(found))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         linear_attention,
     )
     from foveal.kernels.merge import merge_attention
+    from foveal.pipelines.presets import preset
     from foveal.pipelines.shipped import load
     from foveal.plugins.accelerate import accelerate, handle_of
     from foveal.plugins.diffusers_host.processors import GRATAttnProcessor, NeighborhoodAttnProcessor
@@ -56,6 +57,7 @@ _HOME: dict[str, str] = {
     "make_method": "foveal.plugins.method",
     "merge_attention": "foveal.kernels.merge",
     "methods": "foveal.plugins.method",
+    "preset": "foveal.pipelines.presets",
 }
 _RENAMED = {"make_method": "make"}
 
@@ -83,6 +85,7 @@ __all__ = [
     "make_method",
     "merge_attention",
     "methods",
+    "preset",
 ]
 
 

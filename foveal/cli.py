@@ -1,4 +1,4 @@
-"""The command line: `foveal demo | run | compare | methods | inspect | doctor`.
+"""The command line: `foveal demo | run | compare | methods | inspect | doctor | bench`.
 
 Notable choices
 - Results go to stdout, progress and warnings to stderr; with --json stdout is one JSON document and nothing else.
@@ -9,6 +9,7 @@ Notable choices
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from foveal.pipelines.progress import Voice
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+BENCHES = ("kernels", "layers")
 
 app = typer.Typer(
     name="foveal",
@@ -88,9 +90,12 @@ def compare(config: Config, overrides: Overrides = None, as_json: Json = False) 
 def methods(
     name: Annotated[str | None, typer.Argument(help="Only this method, with what its knobs do.")] = None,
     metrics: Annotated[bool, typer.Option("--metrics", help="List the metrics instead.")] = False,
+    presets: Annotated[bool, typer.Option("--presets", help="List recommended settings by model instead.")] = False,
     as_json: Json = False,
 ) -> None:
     """List the registered methods with their knobs and defaults, those of other packages included."""
+    if presets:
+        return list_presets(as_json)
     from foveal.pipelines.catalogue import method_rows, metric_rows, print_methods, print_metrics
 
     rows = metric_rows() if metrics else method_rows(name)
@@ -125,7 +130,50 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(FAILED)
 
 
+@app.command()
+def bench(
+    what: Annotated[str, typer.Argument(help="kernels (attention alone) or layers (whole transformer blocks)")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where to write. Default benchmarks/results/WHAT.json.")
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="Default: cuda if there is one.")] = None,
+    seconds: Annotated[float, typer.Option("--seconds", help="Of measuring per case.")] = 2.0,
+    rounds: Annotated[int | None, typer.Option("--rounds", help="Exactly so many, instead of --seconds.")] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Small sizes, for trying it on a CPU.")] = False,
+    cases: Annotated[
+        list[str] | None, typer.Option("--cases", help="Only these; may be repeated. A wrong name lists them.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure kernels or transformer blocks on this machine against the fastest dense attention."""
+    options = {"out": out, "device": device, "seconds": seconds, "tiny": tiny, "cases": cases or None, "rounds": rounds}
+    with contextlib.redirect_stdout(sys.stderr):  # a line per row is progress
+        path = run_bench(what, **options)
+    write_json(json.loads(path.read_text())) if as_json else typer.echo(str(path))
+
+
 # ---- output
+def list_presets(as_json: bool) -> None:
+    from foveal.pipelines.presets import preset_rows, print_presets
+
+    rows = preset_rows()
+    write_json(rows) if as_json else print_presets(rows, stdout())
+
+
+def run_bench(what: str, **options: Any) -> Path:
+    """`bench` with what it refuses told as the user's mistake."""
+    from foveal.pipelines.errors import UserError
+
+    if what not in BENCHES:
+        raise UserError(f"there is no bench {what!r}; it is one of {', '.join(BENCHES)}.")
+    from foveal.pipelines.bench.__main__ import run
+
+    try:
+        return run(what, **options)
+    except (ValueError, ImportError) as err:
+        raise UserError(str(err)) from err
+
+
 def stdout() -> Console:
     """A console for results, so wide that tables stay whole when they are pasted; text wraps in the terminal."""
     from rich.console import Console

@@ -30,7 +30,7 @@ class ConfigError(UserError):
 
 
 def load(source: str | Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Read a config file. `source` is a path, or the name of a config that comes with foveal ("demo")."""
+    """Read a config file. `source` is a path, or the name of one that comes with foveal ("demo", "presets/flux-4096")."""
     path = find(source)
     try:
         data = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
@@ -67,13 +67,18 @@ def find(source: str | Path) -> Path:
     if path.is_file():
         return path
     shipped = {p.stem: p for p in sorted(shipped_folder().glob("*.yaml"))}
+    shipped |= {f"presets/{p.stem}": p for p in sorted((shipped_folder() / "presets").glob("*.yaml"))}
     if str(source).removesuffix(".yaml") in shipped:
         return shipped[str(source).removesuffix(".yaml")]
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; give a YAML file.")
-    near = difflib.get_close_matches(path.stem, shipped, n=1)
+    near = difflib.get_close_matches(str(source).removesuffix(".yaml"), shipped, n=1)
+    near = near or difflib.get_close_matches(path.stem, shipped, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"no config file at {path}, and no shipped config has that name ({', '.join(shipped)}).{hint}")
+    top = ", ".join(name for name in shipped if "/" not in name)
+    raise ConfigError(
+        f"no config file at {path}, and no shipped config has that name ({top}; `foveal methods --presets` lists presets/NAME).{hint}"
+    )
 
 
 def shipped_folder() -> Path:

@@ -12,13 +12,17 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from foveal.plugins.method import Method, make, suggest
 
 if TYPE_CHECKING:
-    from foveal.plugins.diffusers_host.handle import Handle
+    from foveal.plugins.handle import Handle
 
 Layers = Callable[[str], bool] | Sequence[int] | Sequence[str] | str | None
-SUPPORTED = "a diffusers pipeline (its transformer, transformer_2 or unet) or a diffusers model"
+SUPPORTED = (
+    "a diffusers pipeline (its transformer, transformer_2 or unet), a diffusers model, or a timm vision transformer"
+)
 
 
 class AccelerateError(ValueError):
@@ -35,7 +39,8 @@ def accelerate(
 ) -> Handle:
     """Let a method take over the attention of a model. -> Handle (a context manager; ``remove()`` restores every bit).
 
-    target   a diffusers pipeline (transformer, transformer_2 and unet are entered) or model
+    target   a diffusers pipeline (transformer, transformer_2 and unet are entered) or model, a timm vision transformer, or a
+             module that holds one
     method   a registered name ("grat", "neighborhood", ...), a Method, or a Method class
     layers   which attention layers: None (all of the roles), indices (negative counts from the end), name patterns
              ("blocks.[0-9].attn1"), or a function of the qualified name
@@ -46,20 +51,28 @@ def accelerate(
     Raises ``AccelerateError`` (nothing to accelerate, unsupported library version) and ``MethodError`` (unknown method or knob).
     """
     chosen = resolve(method, knobs)
-    if not _from_diffusers(target):
-        raise AccelerateError(_refusal(target))
-    from foveal.plugins.diffusers_host.handle import open_handle
+    if _from_diffusers(target):
+        from foveal.plugins.diffusers_host.handle import open_handle
 
-    return open_handle(target, chosen, layers=layers, roles=roles)
+        return open_handle(target, chosen, layers=layers, roles=roles)
+    if _from_timm(target):
+        from foveal.plugins.timm_host.handle import open_handle as open_vision_handle
+
+        return open_vision_handle(target, chosen, layers=layers, roles=roles)
+    raise AccelerateError(_refusal(target))
 
 
 def handle_of(target: Any) -> Handle | None:
     """The handle that now accelerates a pipeline or model, or None: the way back after ``set_attn_processor``."""
-    if not _from_diffusers(target):
-        return None
-    from foveal.plugins.diffusers_host.handle import find_handle
+    if _from_diffusers(target):
+        from foveal.plugins.diffusers_host.handle import find_handle
 
-    return find_handle(target)
+        return find_handle(target)
+    if _from_timm(target):
+        from foveal.plugins.timm_host.handle import find_handle as find_vision_handle
+
+        return find_vision_handle(target)
+    return None
 
 
 def resolve(method: str | Method | type[Method], knobs: dict[str, Any]) -> Method:
@@ -94,8 +107,17 @@ def _from_diffusers(target: Any) -> bool:
     return is_pipeline(target) or is_model(getattr(target, "_orig_mod", target))
 
 
+def _from_timm(target: Any) -> bool:
+    if "timm" not in sys.modules:
+        return False
+    model = getattr(target, "_orig_mod", target)
+    if any(cls.__module__.split(".")[0] == "timm" for cls in type(model).__mro__):
+        return True
+    from foveal.plugins.timm_host.recognise import roots
+
+    return isinstance(model, nn.Module) and bool(roots(model))
+
+
 def _refusal(target: Any) -> str:
     given = f"{type(target).__module__}.{type(target).__qualname__}"
-    if any(cls.__module__.split(".")[0] == "timm" for cls in type(target).__mro__):
-        return f"{given} is a timm model, and timm models are not supported yet; accelerate takes {SUPPORTED}."
     return f"there is nothing to accelerate in a {given}; give {SUPPORTED}."

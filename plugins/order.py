@@ -121,6 +121,7 @@ def order_of(
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # kept: what is made for inference first may be trained through later
 def _order(
     grid: tuple[int, ...],
     tile: tuple[int, ...],

@@ -21,32 +21,30 @@ def run(
     seconds: float = 2.0,
     tiny: bool = False,
     cases: list[str] | None = None,
+    rounds: int | None = None,
 ) -> Path:
-    """Measure, print a line per row, write the file. -> its path"""
+    """Measure, print a line per row, write the file. ``rounds`` fixes what ``seconds`` chooses. -> its path"""
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if place.type == "cpu" and not tiny:
         raise ValueError(f"bench {what} at full size needs a GPU; give --tiny to try it on a CPU.")
     torch.manual_seed(0)
     path = out or Path(f"benchmarks/results/{what}.json")
     rows: list[dict[str, Any]] = []
-    for found in _cases(what, place, seconds, tiny, cases):
+    for found in _cases(what, place, seconds, tiny, cases, rounds):
         rows += found
         write(path, what, rows, place)  # after every case: a run that is cut off leaves what it has
     return path
 
 
 def _cases(
-    what: str, device: torch.device, seconds: float, tiny: bool, cases: list[str] | None
+    what: str, device: torch.device, seconds: float, tiny: bool, cases: list[str] | None, rounds: int | None
 ) -> Iterator[list[dict[str, Any]]]:
     from foveal.pipelines.bench import layers  # names diffusers only when it measures
 
-    measured = (
-        kernels.measure(device, seconds, tiny) if what == "kernels" else layers.measure(device, seconds, tiny, cases)
-    )
-    line = kernels.line if what == "kernels" else layers.line
-    for found in measured:
+    bench = kernels if what == "kernels" else layers
+    for found in bench.measure(device, seconds, tiny, cases, rounds):
         for r in found:
-            print(line(r), flush=True)
+            print(bench.line(r), flush=True)
         yield found
 
 
@@ -57,9 +55,12 @@ def main() -> None:
     parser.add_argument("--device", help="default: cuda if there is one")
     parser.add_argument("--seconds", type=float, default=2.0, help="of measuring per case")
     parser.add_argument("--tiny", action="store_true", help="small sizes, for trying the harness on a CPU")
-    parser.add_argument("--cases", nargs="+", help="of layers: which models")
-    args = parser.parse_args()
-    print(run(args.what, out=args.out, device=args.device, seconds=args.seconds, tiny=args.tiny, cases=args.cases))
+    parser.add_argument("--rounds", type=int, help="exactly so many, instead of --seconds")
+    parser.add_argument(
+        "--cases", nargs="+", help="of layers which models, of kernels which groups; a wrong name lists them"
+    )
+    args = vars(parser.parse_args())
+    print(run(args.pop("what"), **args))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 Notable choices
 - The order changes from round to round, and the figure is the median over rounds; smallest and largest stand beside it.
-- A competitor that fails is a finding, not a crash: it is left out of the rounds and keeps its reason.
+- A competitor that fails is a finding, not a crash: it is left out of the rounds from then on and keeps its reason.
 - GPU events on a GPU, the wall clock on a CPU.
+- Two competitors are compared round by round where the difference is small: drift cancels inside a round.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,9 +43,19 @@ class Rounds:
     timings: dict[str, Timing]
     failed: dict[str, str] = field(default_factory=dict)
 
-    def fastest(self, names: list[str] | None = None) -> str:
-        """The competitor with the smallest median among ``names``."""
-        return min((n for n in self.timings if names is None or n in names), key=lambda n: self.timings[n].ms)
+    def fastest(self, names: Collection[str] | None = None) -> str | None:
+        """The competitor with the smallest median among ``names``; None where none of them ran."""
+        ran = [n for n in self.timings if names is None or n in names]
+        return min(ran, key=lambda n: self.timings[n].ms, default=None)
+
+    def ratio(self, name: str, base: str) -> tuple[float, float, float]:
+        """Time of ``name`` over time of ``base`` in the same round: median, lower and upper quartile over rounds."""
+        pairs = zip(self.timings[name].times, self.timings[base].times, strict=True)
+        ratios = sorted(a / b for a, b in pairs)
+        if len(ratios) < 2:
+            return ratios[0], ratios[0], ratios[0]
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        return middle, low, high
 
 
 class Stopwatch:
@@ -89,10 +100,24 @@ def orders(names: list[str], rounds: int) -> Iterator[list[str]]:
         yield shuffle.sample(names, len(names))
 
 
+def how_many(milliseconds: float, seconds: float, rounds: int | None, least: int = 5, most: int = 40) -> int:
+    """Rounds of that cost each in about ``seconds``, at least ``least`` and at most ``most``; or ``rounds`` where it is given."""
+    if rounds is not None:
+        return rounds
+    return int(min(most, max(least, seconds * 1e3 / max(1e-3, milliseconds))))
+
+
+def reason(error: Exception) -> str:
+    """An error on one line."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:200] if text else 'no message'}"
+
+
 def interleaved(
-    calls: dict[str, Call], device: torch.device, *, seconds: float = 2.0, least: int = 5, most: int = 40, warm: int = 2
-) -> Rounds:
-    """Time each call. About ``seconds`` of measuring in all, but at least ``least`` and at most ``most`` rounds, after ``warm`` calls each."""
+    calls: dict[str, Call], device: torch.device, *, seconds: float = 2.0, rounds: int | None = None, least: int = 5,
+    most: int = 40, warm: int = 2,
+) -> Rounds:  # fmt: skip
+    """Time each call: about ``seconds`` of measuring in all, or ``rounds`` rounds, after ``warm`` calls each and one for its cost."""
     alive, failed, cost = dict(calls), {}, 0.0
     for name, call in calls.items():
         try:
@@ -103,17 +128,38 @@ def interleaved(
                 call()
             cost += watch.times()[0]
         except Exception as error:
-            failed[name] = (
-                f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else 'no message'}"
-            )
+            failed[name] = reason(error)
             del alive[name]
-    rounds = int(min(most, max(least, seconds * 1e3 / max(1e-3, cost)))) if alive else 0
     watches = {name: Stopwatch(device) for name in alive}
-    for names in orders(list(alive), rounds):
+    for names in orders(list(alive), how_many(cost, seconds, rounds, least, most) if alive else 0):
         for name in names:
-            with watched(watches[name]):
-                alive[name]()
-    return Rounds({name: Timing(tuple(watch.times())) for name, watch in watches.items()}, failed)
+            if name in failed:
+                continue
+            try:
+                with watched(watches[name]):
+                    alive[name]()
+            except Exception as error:
+                failed[name] = reason(error)
+    timings = {name: Timing(tuple(watch.times())) for name, watch in watches.items() if name not in failed}
+    return Rounds(timings, failed)
+
+
+@dataclass(frozen=True)
+class How:
+    """How a case is measured. seconds: in all, unless ``rounds`` says how many; dtype of the tensors."""
+
+    device: torch.device
+    dtype: torch.dtype
+    seconds: float = 2.0
+    rounds: int | None = None
+
+    @staticmethod
+    def on(device: torch.device, seconds: float = 2.0, rounds: int | None = None) -> How:
+        """bf16 on a GPU, fp32 on a CPU."""
+        return How(device, torch.bfloat16 if device.type == "cuda" else torch.float32, seconds, rounds)
+
+    def time(self, calls: dict[str, Call]) -> Rounds:
+        return interleaved(calls, self.device, seconds=self.seconds, rounds=self.rounds)
 
 
 def host_microseconds(call: Call, device: torch.device, calls: int = 100) -> float:

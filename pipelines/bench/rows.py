@@ -6,7 +6,7 @@ import datetime
 import json
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +16,23 @@ from torch import Tensor
 from foveal.pipelines.bench.rounds import Rounds
 
 FIELDS = (
-    "case",
-    "op",
-    "impl",
-    "method",
-    "shape",
-    "dtype",
-    "density",
-    "ms",
-    "ms_min",
-    "ms_max",
-    "baseline",
-    "speedup",
-    "eff",
-    "rel_l2",
+    "case", "op", "impl", "method", "shape", "dtype", "density", "ms", "ms_min", "ms_max", "baseline", "speedup", "eff", "rel_l2",
     "includes",
-)
+)  # fmt: skip
+UNTIMED = dict.fromkeys(("ms", "ms_min", "ms_max", "speedup", "eff"))
+SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+Rows = list[dict[str, Any]]
 
 
 def row(
-    case: str, op: str, impl: str, rounds: Rounds, baseline: str, *, density: float = 1.0, **facts: Any
-) -> dict[str, Any]:
-    """One competitor of one case. speedup: baseline ms / ms; eff: baseline ms x density / ms. A failed one keeps its reason."""
-    known = {
+    case: str, op: str, impl: str, rounds: Rounds, baseline: str | None, *, key: str | None = None, density: float = 1.0,
+    **facts: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """One competitor of one case, measured under ``key`` (default: impl). speedup: baseline ms / ms; eff: baseline ms x density / ms.
+
+    A competitor that failed keeps its reason under ``failed``, with null figures; without a baseline there is no speed-up.
+    """
+    known: dict[str, Any] = {
         "case": case,
         "op": op,
         "impl": impl,
@@ -46,31 +40,20 @@ def row(
         "dtype": "bf16",
         "rel_l2": None,
         "includes": ["kernel"],
-        "density": density,
     }
-    known |= {"baseline": baseline, **facts}
-    if impl in rounds.failed:
-        return known | {
-            "ms": None,
-            "ms_min": None,
-            "ms_max": None,
-            "speedup": None,
-            "eff": None,
-            "failed": rounds.failed[impl],
-        }
-    timing, base = rounds.timings[impl], rounds.timings[baseline].ms
-    return known | timing.facts() | {"speedup": base / timing.ms, "eff": base * density / timing.ms}
+    known |= {"density": density, "baseline": baseline, **facts}
+    key = key or impl
+    if key in rounds.failed:
+        return known | UNTIMED | {"failed": rounds.failed[key]}
+    timing = rounds.timings[key]
+    base = rounds.timings.get(baseline or "")
+    speedup = base.ms / timing.ms if base else None
+    return known | timing.facts() | {"speedup": speedup, "eff": None if speedup is None else speedup * density}
 
 
 def rows_error(
-    out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seen: Callable[[int, int], Tensor],
-    rows: list[int],
-    scale: float | None = None,
-) -> float:
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, seen: Callable[[int, int], Any], rows: list[int], scale: float | None = None
+) -> float:  # fmt: skip
     """Relative L2 error of sampled query rows of the first and last head against fp64. ``seen(head, row)`` -> bool [M] or index of keys."""
     wrong = size = 0.0
     factor = q.shape[-1] ** -0.5 if scale is None else scale
@@ -96,7 +79,7 @@ def versions() -> dict[str, str]:
     from foveal import __version__
 
     found = {"torch": torch.__version__, "foveal": __version__}
-    for name in ("triton", "diffusers", "flash-attn-4", "flash-linear-attention"):
+    for name in ("triton", "diffusers", "flash-attn-4", "fla-core", "xformers"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -104,8 +87,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write(path: Path, bench: str, rows: list[dict[str, Any]], device: torch.device) -> None:
-    """Write rows with device, versions, date and command."""
+def write(path: Path, bench: str, rows: Iterable[dict[str, Any]], device: torch.device) -> None:
+    """Write rows with device, versions, date and command. ValueError where a row lacks a field of the schema."""
+    rows = list(rows)
     missing = {name for r in rows for name in FIELDS if name not in r}
     if missing:
         raise ValueError(f"rows of {bench} lack {', '.join(sorted(missing))}.")

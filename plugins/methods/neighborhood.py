@@ -196,6 +196,7 @@ def _tile_order(knobs: tuple, grid: tuple[int, ...]) -> Order:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # kept: what is made for inference first may be trained through later
 def _planned(knobs: tuple, layout: Layout, device: torch.device) -> StaticPlan:
     if device.type != "cpu":
         return _planned(knobs, layout, torch.device("cpu")).to(device)

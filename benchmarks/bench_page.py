@@ -1,0 +1,140 @@
+"""docs/benchmarks.md: a table per record in ``benchmarks/results``; a bench that was not run has none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from records import Record, head, ms, record_of, shape, table, times
+
+ATTENTION = ("dense_fwd", "block_sparse_fwd")
+INTRO = """# Benchmarks
+
+Drawn by `python benchmarks/tables.py` from `benchmarks/results/*.json`. "speed-up" is against the fastest dense SDPA of PyTorch on the
+same card in the same rounds; "of 1 / density" is speed-up x density, where 1 is a sparse kernel as fast per pair as dense.
+"""
+
+
+def layers(record: Record) -> str:
+    """Transformer blocks, with what Amdahl allows."""
+    rows = [block(r) for r in record["rows"]]
+    note = (
+        "One block of a diffusers model with random weights, everything counted: host, plan, token order, kernel, the rest of the block. "
+        '"bound" is the speed-up were attention free; "bound at this density" were it exactly as fast per pair as dense. '
+        "The whole model adds what is paid once per call. Overheads are those of skipping nothing, quartiles in brackets."
+    )
+    columns = (
+        "case", "tokens x heads x head dim", "what", "density", "block", "attention", "speed-up", "bound at this density", "bound",
+        "whole model",
+    )  # fmt: skip
+    return f"## Transformer blocks\n\n{head(record)}\n\n{note}\n\n{table(columns, rows)}"
+
+
+def block(r: Record) -> list[str]:
+    if r.get("failed"):
+        return [r["case"], shape(r), f"{r['impl']}: failed: {r['failed']}", *["-"] * 7]
+    whole = f"{times(r['model_speedup'])} of {r['depth']} blocks"
+    bounds = [times(r.get("bound_at_density")), times(r.get("bound"))]
+    return [
+        r["case"], shape(r), what(r), f"{r['density']:.3f}", ms(r["ms"]), ms(r["attention_ms"]), times(r["speedup"]), *bounds, whole,
+    ]  # fmt: skip
+
+
+def what(r: Record) -> str:
+    """Who ran in a block."""
+    if r.get("ran_dense"):
+        return f"{r['impl']}, which ran dense ({r['ran_dense']})"
+    text = f"{r['setting']} ({r['kernel']})" if r["method"] else r["impl"]
+    if r["impl"] == "dense":
+        share = "" if r["attention_share"] is None else f", attention {r['attention_share']:.0%} of the block"
+        text = f"dense ({r['sdpa'].removesuffix('_ATTENTION').lower()}){share}"
+    if "overhead" in r:
+        quartiles = r.get("overhead_quartiles")
+        spread = f" [{quartiles[0]:+.1%}, {quartiles[1]:+.1%}]" if quartiles else ""
+        text += f", nothing skipped: {r['overhead']:+.1%}{spread}"
+    return text
+
+
+def kernels(record: Record) -> str:
+    """Attention alone, then the kernels around it."""
+    timed = [r for r in record["rows"] if r["op"] in ATTENTION and r.get("host_us") is None]
+    rows = [
+        [
+            r["case"], shape(r), r["impl"], f"{r['density']:.3f}", ms(r["ms"]), times(r["speedup"]),
+            "-" if r["eff"] is None else f"{r['eff']:.2f}", times(r.get("against_flash4")),
+            f"failed: {r['failed']}" if r.get("failed") else "-" if r["rel_l2"] is None else f"{r['rel_l2']:.1e}",
+        ]
+        for r in timed
+    ]  # fmt: skip
+    columns = (
+        "case", "tokens x heads x head dim", "implementation", "density", "time", "speed-up", "of 1 / density", "against flash-attn-4",
+        "relative error",
+    )  # fmt: skip
+    note = "Lists given, tokens in order. Errors are those of sampled rows against float64."
+    parts = [f"## Attention kernels\n\n{head(record)}\n\n{note}\n\n{table(columns, rows)}"]
+    return "\n\n".join([*parts, *around(record)])
+
+
+def around(record: Record) -> list[str]:
+    """Token order, selection, and the host's time of a call."""
+    kinds = (
+        ("tb_per_s", "Token order, one tensor", "TB/s", "{:.2f}"),
+        ("share_of_attention", "Selection of blocks beside the attention it serves", "share of attention", "{:.1%}"),
+        ("host_us", "Host time of one call", "microseconds", "{:.0f}"),
+    )
+    found = []
+    for key, title, unit, form in kinds:
+        rows = [
+            [r["case"], shape(r), r["impl"], ms(r["ms"]), form.format(r[key])]
+            for r in record["rows"]
+            if r.get(key) is not None
+        ]
+        if rows:
+            columns = ("case", "tokens x heads x head dim", "implementation", "time", unit)
+            found.append(f"### {title}\n\n{table(columns, rows)}")
+    return found
+
+
+def static_methods(record: Record) -> str:
+    """Static methods as an operator."""
+    dense = {(r["case"], r["impl"]): r["ms"] for r in record["rows"] if r["op"] == "dense_fwd"}
+    rows = [
+        [
+            r["case"], shape(r), r["setting"], r["impl"], f"{r['density']:.3f}", f"{ms(dense[r['case'], r['baseline']])} ({r['baseline']})",
+            ms(r["ms"]), times(r["speedup"]), f"{r['eff']:.2f}", f"{r['order_share']:.1%}" if r.get("order_share", 0) > 0 else "below noise",
+        ]
+        for r in record["rows"]
+        if r["method"] is not None and "order" in r["includes"] and not r.get("failed")
+    ]  # fmt: skip
+    columns = (
+        "case", "tokens x heads x head dim", "setting", "kernel", "density", "dense", "ours", "speed-up", "of 1 / density", "order's share",
+    )  # fmt: skip
+    note = "The operator alone, everything counted: plan lookup, token order of q, k and v, kernel, inverse order."
+    return f"## Static methods\n\n{head(record)}\n\n{note}\n\n{table(columns, rows)}"
+
+
+def peak_memory(record: Record) -> str:
+    """Memory beside dense."""
+    rows = []
+    for r in record["rows"]:
+        known = r["peak_bytes"] is not None
+        extra = "-" if r["extra_bytes"] is None else f"{r['extra_bytes'] / 2**20:+,.0f} MiB"
+        copies = "-" if r["extra_copies"] is None else f"{r['extra_copies']:+.2f}"
+        peak = f"{r['peak_bytes'] / 2**20:,.0f} MiB" if known else f"failed: {r['failed']}"
+        rows.append(
+            [r["case"], shape(r), r["op"], r["method"] or "model alone", f"{r['density']:.3f}", peak, extra, copies]
+        )
+    columns = (
+        "case", "tokens x heads x head dim", "what", "method", "density", "peak", "beyond the model alone", "in copies of q, k and v",
+    )  # fmt: skip
+    note = "Highest level of memory during two forwards above weights and inputs; random weights."
+    return f"## Peak memory\n\n{head(record)}\n\n{note}\n\n{table(columns, rows)}"
+
+
+TABLES = {"layers": layers, "kernels": kernels, "static_methods": static_methods, "peak_memory": peak_memory}
+
+
+def page(results: Path | None = None) -> str:
+    """The whole page."""
+    records = {name: record_of(name, results) for name in TABLES}
+    parts = [TABLES[name](record) for name, record in records.items() if record is not None]
+    return "\n\n".join([INTRO.strip(), *parts]) + "\n"
