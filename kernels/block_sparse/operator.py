@@ -24,7 +24,14 @@ OPTIONAL = ("q_order", "kv_order", "row_bits", "block_bias", "key_bias")
 def run(
     name: str, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, need_lse: bool, init: Init | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Run one implementation. -> (out with q's strides, lse or None)."""
+    """Run one implementation, outside autocast: it would change dtypes inside. -> (out with q's strides, lse or None)."""
+    with torch.autocast(q.device.type, enabled=False):
+        return _run(name, q, k, v, plan, scale, need_lse, init)
+
+
+def _run(
+    name: str, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, need_lse: bool, init: Init | None
+) -> tuple[Tensor, Tensor | None]:
     if name == "hopper":
         from foveal.kernels.block_sparse.hopper_call import hopper_attention
 
@@ -108,7 +115,8 @@ def _backward_operator(
     proxy_k: Tensor | None, proxy_v: Tensor | None, tensors: list[Tensor], fields: str, sizes: list[int], scale: float,
 ) -> list[Tensor]:  # fmt: skip
     plan = unflatten(tensors, fields, sizes, proxy_k, proxy_v)
-    grads = gather_backward(d_out, d_lse, q, k, v, out, lse, plan, scale)
+    with torch.autocast(q.device.type, enabled=False):
+        grads = gather_backward(d_out, d_lse, q, k, v, out, lse, plan, scale)
     return [g for g in grads if g is not None]
 
 

@@ -275,3 +275,15 @@ def test_two_thousand_gpu_cases_share_forty_compiled_variants(monkeypatch):
             case = make_case(recipe, seed, longest=384)
             portable_call.triton_attention(case.q, case.k, case.v, case.plan, case.scale, True, case.init)
     assert len(RECIPES) <= len(seen) <= VARIANTS
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_around_the_call_and_its_backward_changes_nothing(dtype):
+    plan = uniform(32, 32, 16, 16, [[0], [0, 1]])
+    q, k, v = (x.to(dtype).requires_grad_() for x in qkv(32, 32))
+    plain = block_sparse_attention(q, k, v, plan)
+    grads = torch.autograd.grad(plain.float().square().sum(), (q, k, v))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = block_sparse_attention(q, k, v, plan)
+        inside = torch.autograd.grad(out.float().square().sum(), (q, k, v))
+    assert torch.equal(out, plain) and all(torch.equal(a, b) for a, b in zip(grads, inside, strict=True))
