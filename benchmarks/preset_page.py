@@ -28,7 +28,7 @@ foveal methods --presets
 ```
 ```python
 foveal.accelerate(pipe, **foveal.preset("wan-1.3b-480p"))
-foveal.accelerate(pipe, **foveal.preset("hunyuan-720p", "grat"))   # another method of the preset
+foveal.accelerate(pipe, **foveal.preset("hunyuan-720p", "grat"))  # another method of the preset
 ```
 
 Every preset visits whole blocks only, on the grid that its file names; the file states density, dense steps and whose choice they are.

@@ -67,6 +67,18 @@ def test_a_competitor_that_fails_is_a_named_row_and_stops_nobody(after):
     assert "failed: RuntimeError: no kernel for this" in kernels.line(found)
 
 
+def test_a_competitor_that_failed_is_not_called_again():
+    tries = []
+
+    def fails_in_its_second_round():
+        tries.append(0)
+        if len(tries) > 4:
+            raise RuntimeError
+
+    interleaved({"fine": lambda: None, "broken": fails_in_its_second_round}, CPU, rounds=9)
+    assert len(tries) == 5
+
+
 # ---- rows
 def test_eff_is_the_baselines_time_times_density_over_ours():
     rounds = Rounds({"dense": Timing((8.0,)), "ours": Timing((4.0,))})

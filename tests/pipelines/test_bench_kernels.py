@@ -7,7 +7,7 @@ import torch
 
 from foveal.pipelines.bench import cases, competitors, kernels, sparse
 from foveal.pipelines.bench.__main__ import run
-from foveal.pipelines.bench.rounds import How
+from foveal.pipelines.bench.rounds import How, Rounds, Timing
 from foveal.pipelines.bench.rows import FIELDS
 from foveal.plugins.order import order_of
 
@@ -44,6 +44,17 @@ def test_the_baseline_of_a_case_is_its_fastest_sdpa_padded_or_not(record):
             assert r["eff"] == pytest.approx(dense[r["baseline"]] * r["density"] / r["ms"])
     ragged = {r["impl"] for r in record["rows"] if r["case"] == "tiny ragged"}
     assert ragged == {"flash2", "flash2-padded", "math", "math-padded"}
+
+
+@pytest.mark.parametrize("name", ["flash2-padded", "cudnn-padded", "efficient"])
+def test_any_backend_of_sdpa_can_be_the_baseline_and_no_other_package(name):
+    times = {"cudnn": 9.0, "flash4": 1.0, "xformers": 2.0, "hopper in c @ 0.5": 0.5, name: 4.0}
+    assert sparse.baseline_of(Rounds({n: Timing((ms,)) for n, ms in times.items()})) == name
+
+
+def test_padded_rows_leave_out_their_mask_and_claim_no_error(record):
+    padded = [r for r in record["rows"] if r["impl"].endswith("-padded")]
+    assert padded and all(r["rel_l2"] is None and r["ms"] > 0 for r in padded)
 
 
 def test_unequal_counts_stand_beside_equal_ones(record):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from foveal.pipelines.bench import contender, layers, models
 from foveal.pipelines.bench.__main__ import run
@@ -104,6 +105,30 @@ def test_contenders_share_weights_and_leave_the_model_as_it_was():
     assert all(theirs[name] is own[name] for name in own)
     with torch.inference_mode():
         assert torch.equal(model(**inputs, return_dict=False)[0], before)
+
+
+class Masks(TorchFunctionMode):
+    """Which attention calls had a mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.seen.append((kwargs or {}).get("attn_mask") is not None)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_mask_that_hides_nothing_is_taken_from_the_baseline_and_from_it_alone():
+    field = layers.Field(HUNYUAN, CPU, torch.float32)
+    masked, outputs = {}, {}
+    for name in ("dense", "dense, masked"):
+        with Masks() as masks:
+            outputs[name] = field.call(name)
+        masked[name] = set(masks.seen)
+    assert masked["dense"] == {False} and True in masked["dense, masked"]
+    torch.testing.assert_close(outputs["dense"], outputs["dense, masked"])
 
 
 def test_tokens_are_put_in_order_once_per_call_outside_the_blocks(monkeypatch):
