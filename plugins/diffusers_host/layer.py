@@ -18,17 +18,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from foveal.kernels.block_sparse import BlockPlan, block_sparse_attention
 from foveal.plugins.clock import start_clock, stop_clock
 from foveal.plugins.diffusers_host.grid import UNKNOWN, Layout
 from foveal.plugins.diffusers_host.root_hook import Frame
 from foveal.plugins.method import Method
 from foveal.plugins.order import by
 from foveal.plugins.record import LayerRecord, Record
+from foveal.plugins.running import NOTHING_LEFT_OUT, Result, run_method
 from foveal.plugins.site import MethodError, Site, Span, State
 
 Dense = Callable[["Core"], Tensor]
-NOTHING_LEFT_OUT = "on so few tokens the method leaves nothing out"
 
 # Layers by ticket, for the operator that stands for them in compiled graphs: a graph can carry a number, not an object.
 LIVE: MutableMapping[int, Layer] = weakref.WeakValueDictionary()
@@ -46,14 +45,6 @@ class Core(NamedTuple):
     gqa: bool = False
     causal: bool = False
     dropout: float = 0.0
-
-
-class Result(NamedTuple):
-    """What a method gave: out [B, H, N, D], or None and the reason; its plan where there is one."""
-
-    out: Tensor | None
-    plan: BlockPlan | None = None
-    reason: str = ""
 
 
 @dataclass(eq=False)
@@ -157,28 +148,6 @@ def _text_tokens(layout: Layout, role: str, n: int) -> int | None:
 def _is_tail_padding(mask: Tensor, n: int) -> bool:
     """A key mask [B, 1, 1, N]. Its values are the text lengths that the frame knows already."""
     return mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1:] == (1, 1, n)
-
-
-def run_method(
-    method: Method, q: Tensor, k: Tensor, v: Tensor, site: Site, state: State, spare_full: bool = False
-) -> Result:
-    """One method on one call. A method that writes ``attend`` itself may leave its plan in ``state["plan"]``.
-
-    spare_full: a plan that visits every pair is not worth a kernel of its own.
-    """
-    reason = method.stands_aside(site)
-    if reason is not None:
-        return Result(None, reason=reason)
-    if type(method).attend is not Method.attend:
-        out = method.attend(q, k, v, site, state)
-        plan = state.get("plan")
-        return Result(out, plan if isinstance(plan, BlockPlan) else None, "the method chose dense attention")
-    plan = method.plan(q, k, v, site, state)
-    if plan is None:
-        return Result(None, reason="the method chose dense attention")
-    if spare_full and plan.pairs == plan.n_queries * plan.n_keys:
-        return Result(None, reason=NOTHING_LEFT_OUT)
-    return Result(block_sparse_attention(q, k, v, plan, scale=site.scale), plan)
 
 
 def run_on_level(method: Method, q: Tensor, k: Tensor, v: Tensor, site: Site, state: State) -> Result:
