@@ -20,23 +20,29 @@ def layers(record: Record) -> str:
     note = (
         "One block of a diffusers model with random weights, everything counted: host, plan, token order, kernel, the rest of the block. "
         '"bound" is the speed-up were attention free; "bound at this density" were it exactly as fast per pair as dense. '
-        "The whole model adds what is paid once per call. Overheads are those of skipping nothing, quartiles in brackets."
+        "The whole model adds what is paid once per call. Overheads are those of skipping nothing, quartiles in brackets. Dense attention "
+        "runs on the model's own length: an unmodified block cannot pad it to where cuDNN is faster; operators can, and their tables do."
     )
     columns = (
         "case", "tokens x heads x head dim", "what", "density", "block", "attention", "speed-up", "bound at this density", "bound",
-        "whole model",
+        "whole model", "peak memory",
     )  # fmt: skip
     return f"## Transformer blocks\n\n{head(record)}\n\n{note}\n\n{table(columns, rows)}"
 
 
 def block(r: Record) -> list[str]:
     if r.get("failed"):
-        return [r["case"], shape(r), f"{r['impl']}: failed: {r['failed']}", *["-"] * 7]
+        return [r["case"], shape(r), f"{r['impl']}: failed: {r['failed']}", *["-"] * 8]
     whole = f"{times(r['model_speedup'])} of {r['depth']} blocks"
     bounds = [times(r.get("bound_at_density")), times(r.get("bound"))]
     return [
         r["case"], shape(r), what(r), f"{r['density']:.3f}", ms(r["ms"]), ms(r["attention_ms"]), times(r["speedup"]), *bounds, whole,
+        peak(r.get("peak_bytes")),
     ]  # fmt: skip
+
+
+def peak(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**30:.2f} GiB"
 
 
 def what(r: Record) -> str:
@@ -56,22 +62,22 @@ def what(r: Record) -> str:
 
 def kernels(record: Record) -> str:
     """Attention alone, then the kernels around it."""
-    timed = [r for r in record["rows"] if r["op"] in ATTENTION and r.get("host_us") is None]
+    timed = [r for r in record["rows"] if r["op"] in ATTENTION and not any(key in r for key in ("host_us", "gate"))]
     rows = [
         [
             r["case"], shape(r), r["impl"], f"{r['density']:.3f}", ms(r["ms"]), times(r["speedup"]),
-            "-" if r["eff"] is None else f"{r['eff']:.2f}", times(r.get("against_flash4")),
+            "-" if r["eff"] is None else f"{r['eff']:.2f}", times(r.get("against_flash4")), times(r.get("against_flash4_sparse")),
             f"failed: {r['failed']}" if r.get("failed") else "-" if r["rel_l2"] is None else f"{r['rel_l2']:.1e}",
         ]
         for r in timed
     ]  # fmt: skip
     columns = (
-        "case", "tokens x heads x head dim", "implementation", "density", "time", "speed-up", "of 1 / density", "against flash-attn-4",
-        "relative error",
+        "case", "tokens x heads x head dim", "implementation", "density", "time", "speed-up", "of 1 / density", "against flash-attn-4, dense",
+        "on the same lists", "relative error",
     )  # fmt: skip
     note = "Lists given, tokens in order. Errors are those of sampled rows against float64."
     parts = [f"## Attention kernels\n\n{head(record)}\n\n{note}\n\n{table(columns, rows)}"]
-    return "\n\n".join([*parts, *around(record)])
+    return "\n\n".join([*parts, *around(record), *linear(record), *not_set_up(record)])
 
 
 def around(record: Record) -> list[str]:
@@ -80,6 +86,7 @@ def around(record: Record) -> list[str]:
         ("tb_per_s", "Token order, one tensor", "TB/s", "{:.2f}"),
         ("share_of_attention", "Selection of blocks beside the attention it serves", "share of attention", "{:.1%}"),
         ("host_us", "Host time of one call", "microseconds", "{:.0f}"),
+        ("against_equal", "Rows that visit unequal numbers of blocks", "speed per pair beside equal numbers", "{:.2f}"),
     )
     found = []
     for key, title, unit, form in kinds:
@@ -92,6 +99,35 @@ def around(record: Record) -> list[str]:
             columns = ("case", "tokens x heads x head dim", "implementation", "time", unit)
             found.append(f"### {title}\n\n{table(columns, rows)}")
     return found
+
+
+def linear(record: Record) -> list[str]:
+    """Gated linear attention beside softmax and fla."""
+    rows = [
+        [
+            r["case"], f"{r['shape']['batch']} x {shape(r)}", r["impl"], ms(r["ms"]), times(r["speedup"]), times(r.get("against_fla")),
+            f"failed: {r['failed']}" if r.get("failed") else "-" if r["rel_l2"] is None else f"{r['rel_l2']:.1e}",
+        ]
+        for r in record["rows"]
+        if r.get("gate") is not None
+    ]  # fmt: skip
+    columns = (
+        "case",
+        "batch x tokens x heads x head dim",
+        "implementation",
+        "time",
+        "against softmax",
+        "against fla",
+        "relative error",
+    )
+    note = "\"graph\" rows replay a CUDA graph: the device's time without the host's. Errors are those of one head against the recurrence in float64."
+    return [f"### Gated linear attention\n\n{note}\n\n{table(columns, rows)}"] if rows else []
+
+
+def not_set_up(record: Record) -> list[str]:
+    """Cases of which nothing ran."""
+    lost = [f"- {r['case']}: failed: {r['failed']}" for r in record["rows"] if r.get("failed") and not r["shape"]]
+    return ["### Not measured\n\n" + "\n".join(lost)] if lost else []
 
 
 def static_methods(record: Record) -> str:

@@ -3,7 +3,7 @@
 Letters: N tokens, H heads, D head dim.
 
 Notable choices
-- Lengths are those of models: Wan at 480p and 720p, HunyuanVideo at 720p, CogVideoX; aligned cases are rounded to 128.
+- Lengths are those of models, text included: most are no multiple of 128. The aligned cases are rounded to it.
 - ``everybody`` cases run every dense backend, padded and not; elsewhere those that are slower by far are left out to save time.
 """
 
@@ -77,12 +77,18 @@ class AroundCase:
 SPARSE = (
     Case(name="wan-1.3b aligned", tokens=32768, heads=12, densities=SWEEP, everybody=True, flex=True),
     Case(name="hunyuan aligned", tokens=118784, heads=24, densities=SWEEP),
-    Case(name="head dim 64", tokens=17792, heads=48, head_dim=64, densities=(0.25, 0.125), everybody=True),
+    Case(name="cogvideox, head dim 64", tokens=17776, heads=48, head_dim=64, densities=(0.25, 0.125), everybody=True),
+    Case(name="ltx, head dim 64", tokens=7392, heads=32, head_dim=64),
     Case(name="head dim 80", tokens=17792, heads=48, head_dim=80),
     Case(name="head dim 96", tokens=17792, heads=48, head_dim=96),
+    Case(name="flux-1024", tokens=4608, heads=24, densities=(0.5, 0.25)),
+    Case(name="flux-2048", tokens=16896, heads=24),
+    Case(name="flux-4096", tokens=66048, heads=24),
+    Case(name="wan2.2-5b ragged", tokens=27280, heads=24),
     Case(name="key blocks of 64", tokens=32768, heads=12, kv_block=64, densities=(0.25, 0.125)),
     Case(name="wan-1.3b ragged", tokens=32760, heads=12, everybody=True),
     Case(name="wan-14b ragged", tokens=75600, heads=40),
+    Case(name="hunyuan-544p ragged", tokens=67576, heads=24),
     Case(name="hunyuan ragged", tokens=119056, heads=24),
     Case(name="unequal counts", tokens=32768, heads=12, densities=(0.125,), spread=1.0),
 )

@@ -67,21 +67,42 @@ def test_every_bench_has_its_table_with_device_date_and_command(tmp_path):
     written(
         tmp_path,
         "layers",
-        [block("dense", 10.0), block("host", 10.0, overhead=0.01), block("grat", 2.5, 0.25, **method)],
+        [
+            block("dense", 10.0),
+            block("host", 10.0, overhead=0.01),
+            block("grat", 2.5, 0.25, peak_bytes=2**31, **method),
+        ],
     )
+    peers = {"against_flash4": 1.2, "against_flash4_sparse": 0.98}
     moved = attention("permute", 1.0) | {"op": "permute", "tb_per_s": 2.5}
     written(
         tmp_path,
         "kernels",
-        [attention("cudnn", 8.0), attention("hopper", 2.0, rel_l2=1e-3), attention("broken", 0.0), moved],
+        [attention("cudnn", 8.0), attention("hopper", 2.0, rel_l2=1e-3, **peers), attention("broken", 0.0), moved],
     )
     lost = {"peak_bytes": None, "extra_bytes": None, "extra_copies": None, "failed": "out of memory", "op": "block"}
     written(tmp_path, "peak_memory", [attention("sdpa", 1.0) | lost])
     page = bench_page.page(tmp_path)
     assert page.count("NVIDIA H100, torch 9, 2026-01-02") == 3 and "`python layers`" in page
-    assert "| 0.250 | 12.50 ms | 2.50 ms | 1.60x | 1.60x | 2.00x | 1.50x of 7 blocks |" in page
-    assert "| hopper | 0.250 | 2.00 ms | 4.00x | 1.00 | - | 1.0e-03 |" in page and "failed: RuntimeError: no" in page
+    assert "| 0.250 | 12.50 ms | 2.50 ms | 1.60x | 1.60x | 2.00x | 1.50x of 7 blocks | 2.00 GiB |" in page
+    assert (
+        "| hopper | 0.250 | 2.00 ms | 4.00x | 1.00 | 1.20x | 0.98x | 1.0e-03 |" in page
+        and "failed: RuntimeError: no" in page
+    )
     assert "| permute | 1.00 ms | 2.50 |" in page and "failed: out of memory" in page
+
+
+def test_linear_attention_and_cases_that_were_lost_are_drawn(tmp_path):
+    gated = attention("triton", 2.0, rel_l2=2e-3) | {"op": "gated_linear_fwd", "gate": "vector", "against_fla": 3.5}
+    refused = attention("broken", 0.0) | {"op": "gated_linear_fwd", "gate": "vector", "impl": "fla chunk_gla"}
+    lost = attention("broken", 0.0) | {"case": "window", "op": "window", "impl": "none", "shape": {}}
+    softmax = attention("cudnn", 8.0) | {"case": "16 x 4096", "gate": "vector"}
+    written(tmp_path, "kernels", [attention("cudnn", 8.0), gated, softmax, refused, lost])
+    page = bench_page.page(tmp_path)
+    assert "| 1 x 4,096 x 24 x 64 | triton | 2.00 ms | 4.00x | 3.50x | 2.0e-03 |" in page
+    assert "| fla chunk_gla | - | - | - | failed: RuntimeError: no |" in page
+    assert "- window: failed: RuntimeError: no" in page
+    assert page.count("| 16 x 4096 |") == 1 and page.index("| 16 x 4096 |") > page.index("### Gated linear")
 
 
 def test_speeds_come_from_blocks_then_from_kernels_and_never_from_a_cpu(tmp_path):
