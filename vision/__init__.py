@@ -7,5 +7,6 @@ if find_spec("timm") is None:
         "foveal.vision builds on timm, which is not installed; install it with: pip install 'foveal[timm]'."
     )
 
+from foveal.vision import biformer as biformer
 from foveal.vision import vig as vig
 from foveal.vision import vig_hierarchical as vig_hierarchical

@@ -91,7 +91,7 @@ NOW = _Now()
 
 def frame_of(model: Any, call: Mapping[str, Any]) -> Frame:
     """Where the tokens of a call lie. Never raises for an odd call: no groups, and the reason."""
-    image = next(iter(call.values()))
+    image = next(iter(call.values()), None)
     if isinstance(image, dict):
         call = {**call, **image, "x": image["patches"]}
         image = image["patches"]

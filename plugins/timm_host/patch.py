@@ -112,10 +112,11 @@ def _subclass(original: type, members: dict[str, Any]) -> type:
 
 
 class _Binder:
-    """Positional and keyword arguments (without self) -> dict by name, without what was left at its default."""
+    """Positional and keyword arguments (without self) -> dict by name in the signature's order, defaults left out."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.names = list(inspect.signature(function).parameters)[1:]
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return {**dict(zip(self.names, args, strict=False)), **kwargs}
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        return {name: given.pop(name) for name in self.names if name in given} | given
