@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from foveal.plugins.accelerate import AccelerateError, Layers
 from foveal.plugins.diffusers_host import private
-from foveal.plugins.diffusers_host.bound import NO_CONTEXT_PARALLEL, BoundProcessor, bound_class
+from foveal.plugins.diffusers_host.bound import BoundProcessor, bound_class
+from foveal.plugins.diffusers_host.composition import NO_CONTEXT_PARALLEL, OWN_WEIGHTS
 from foveal.plugins.diffusers_host.families import recognise
 from foveal.plugins.diffusers_host.layer import Layer
 from foveal.plugins.diffusers_host.levels import watch_levels
@@ -29,7 +30,6 @@ from foveal.plugins.method import Method
 from foveal.plugins.record import Record
 
 KEY = "_foveal"
-OWN_WEIGHTS = "the processor has weights of its own (an IP adapter, for instance)"
 
 
 def attached(model: nn.Module) -> Attachment | None:

@@ -27,13 +27,11 @@ from torch.overrides import TorchFunctionMode
 from foveal.plugins.accelerate import AccelerateError
 from foveal.plugins.diffusers_host import private
 from foveal.plugins.diffusers_host.compiled import attend_in_graph
+from foveal.plugins.diffusers_host.composition import IP_ADAPTER_FIRST, NO_CONTEXT_PARALLEL
 from foveal.plugins.diffusers_host.hunyuan15_processor import restated
 from foveal.plugins.diffusers_host.layer import Core, Layer
 
 SDPA = F.scaled_dot_product_attention
-NO_CONTEXT_PARALLEL = (
-    "context parallelism splits the tokens over devices, and foveal does not support that yet; remove the handle first."
-)
 
 
 class _Slot(threading.local):
@@ -97,7 +95,11 @@ class _Intercept(TorchFunctionMode):
 class BoundProcessor:
     """Stands in for a layer's processor. ``bind`` makes the subclass that shows the wrapped signature."""
 
-    def __init__(self, original: Any, make_layer: Callable[[Callable[[Core], Tensor]], Layer]) -> None:
+    def __init__(
+        self, original: Any = None, make_layer: Callable[[Callable[[Core], Tensor]], Layer] | None = None
+    ) -> None:
+        if make_layer is None:  # loaders of IP adapters call the class of whatever processor a layer has
+            raise AccelerateError(IP_ADAPTER_FIRST)
         self.original = original
         self.layer = make_layer(self.dense)
         self.inner = restated(original, self.layer.frame) or copy.copy(original)

@@ -144,7 +144,7 @@ FAMILIES = (
     Family(
         "SD3", (*VISUAL, "pooled_projections", "block_controlnet_hidden_states"),
         ("patch_size", "pos_embed_max_size", "caption_projection_dim", "joint_attention_dim"),
-        core=r"^transformer_blocks\.\d+\.attn$", roles=((r"\.attn$", "joint"), (r"\.attn2$", "self")),
+        core=r"^transformer_blocks\.\d+\.attn$", roles=((r"^transformer_blocks\.\d+\.attn$", "joint"), (r"^transformer_blocks\.\d+\.attn2$", "self")),
         find=grid.sd3, classes=("SD3",),
     ),
     Family(

@@ -213,3 +213,10 @@ def context_parallel(owner: Any) -> bool:
     """Does a model or processor run under diffusers' context parallelism?"""
     config = getattr(owner, "_parallel_config", None)
     return config is not None and getattr(config, "context_parallel_config", config) is not None
+
+
+def splits_tokens(config: Any) -> bool:
+    """Does a configuration for ``enable_parallelism`` split tokens over devices? Splitting weights does not."""
+    if isinstance(config, lookup("diffusers", "ContextParallelConfig")):
+        return True
+    return getattr(config, "context_parallel_config", None) is not None

@@ -19,7 +19,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from foveal.plugins.accelerate import AccelerateError
 from foveal.plugins.clock import Mark, start_clock, stop_clock
+from foveal.plugins.diffusers_host import private
+from foveal.plugins.diffusers_host.caches import refusal
+from foveal.plugins.diffusers_host.composition import COMPILE_FIRST, NO_CONTEXT_PARALLEL
 from foveal.plugins.diffusers_host.grid import Layout, nothing
 from foveal.plugins.diffusers_host.placing import Placing
 from foveal.plugins.diffusers_host.structure import parameters_of
@@ -28,7 +32,6 @@ if TYPE_CHECKING:
     from foveal.plugins.diffusers_host.attach import Attachment
 
 MOST_PASSES = 3  # passes without a context that are told apart
-COMPILE_FIRST = "an accelerated model cannot be compiled as a whole graph; compile it first, then call foveal.accelerate on the result."
 
 
 @dataclass
@@ -94,7 +97,10 @@ class Tracker:
         if module is not attachment.model:  # a deep copy keeps the hook, and is not accelerated
             return
         call, frame = self.bind(args, kwargs), attachment.frame
+        if not self.calls:  # the first call of a run warns when something has replaced our processors since
+            attachment.handle.is_active()
         self._follow_steps(frame)
+        self._check_cache(call)
         self._place(frame, call)
         attachment.order_hook.begin(call, frame)
         frame.active = True
@@ -138,6 +144,14 @@ class Tracker:
         unnamed = f"pass{min(self._pass, MOST_PASSES)}" if self._pass else None
         frame.branch = unnamed if name is None else name
 
+    def _check_cache(self, call: dict[str, Any]) -> None:
+        """Raise where diffusers' step cache would mix guidance passes up."""
+        config = getattr(self.attachment.model, "_cache_config", None)
+        several = self._pass > 0 or len(self.calls) > 1
+        why = refusal(config, call, several, None if self.context is None else self.context.name)
+        if why is not None:
+            raise AccelerateError(why)
+
     def _place(self, frame: Frame, call: dict[str, Any]) -> None:
         """Where the tokens of this call lie, and how much of its text is real."""
         placing, model = self.placing, self.attachment.model
@@ -163,7 +177,10 @@ def follow(tracker: Tracker, target: nn.Module, model: nn.Module) -> list[Callab
         target.register_forward_hook(lambda _, args, out: after(_inner(_)), always_call=True),
     )
     undo: list[Callable[[], Any]] = [hook.remove for hook in hooks]
-    for name, wrapper in (("cache_context", _CacheContext), ("_reset_stateful_cache", _ResetStatefulCache)):
+    wrappers: dict[str, type[_Wrapper]] = {
+        "cache_context": _CacheContext, "_reset_stateful_cache": _ResetStatefulCache, "enable_parallelism": _EnableParallelism
+    }  # fmt: skip
+    for name, wrapper in wrappers.items():
         if hasattr(model, name):
             undo.append(_override(model, name, wrapper(tracker, getattr(model, name))))
     return undo
@@ -199,6 +216,15 @@ class _ResetStatefulCache(_Wrapper):
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         self.original(*args, **kwargs)
         self.tracker.attachment.new_run()
+
+
+class _EnableParallelism(_Wrapper):
+    """``model.enable_parallelism``: refused before it has changed anything, where tokens would be split."""
+
+    def __call__(self, *, config: Any, **options: Any) -> None:
+        if private.splits_tokens(config):
+            raise AccelerateError(NO_CONTEXT_PARALLEL)
+        self.original(config=config, **options)
 
 
 def _override(model: nn.Module, name: str, wrapper: _Wrapper) -> Callable[[], None]:

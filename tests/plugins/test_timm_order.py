@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from grid_oracle import window_mask
+from host_oracle import masked_attention, sequence_mask
 from timm.layers import Attention
-from timm_families import build, picture
+from timm.models.eva import Eva
+from timm_families import build, picture, seeded
 
 import foveal
 from foveal.plugins.accelerate import AccelerateError
@@ -122,3 +125,33 @@ def test_the_handle_is_the_one_of_every_host():
         assert handle.state_bytes() == 0 and set(handle.state) == {("blocks.1.attn", None)}
         assert handle.record.to_dict()["transformer_seconds"] > 0
     assert not handle.still_bound()
+
+
+@torch.no_grad()
+def test_grouped_key_heads_and_norms_equal_the_masked_model():
+    """Separate projections, fewer key heads, q and k norms, half-rotated RoPE: what the largest models of timm have."""
+    options = {
+        "attn_type": "rope",
+        "qkv_fused": False,
+        "rope_type": "dinov3",
+        "rope_rotate_half": True,
+        "qk_norm": True,
+    }
+    model = Eva(
+        (104, 136),
+        8,
+        embed_dim=64,
+        depth=2,
+        num_heads=4,
+        num_kv_heads=2,
+        num_reg_tokens=4,
+        use_rot_pos_emb=True,
+        **options,
+    )
+    model, x, n = seeded(model).double().eval(), picture(GRID), GRID[0] * GRID[1] + 5
+    with masked_attention({n: sequence_mask(window_mask(GRID, 5), n, 5)}):
+        want = model(x)
+    with foveal.accelerate(model, "neighborhood", window=5) as handle:
+        torch.testing.assert_close(model(x), want, rtol=1e-9, atol=1e-9)
+        assert handle.record.layers[0].dense_calls == 0
+    assert (model(x) - want).abs().max() > 1e-4
