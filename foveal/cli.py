@@ -120,8 +120,17 @@ def inspect(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="Only what composes with an accelerated diffusers model.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Check versions, devices, kernels and shipped files on this machine. Exit code 1 when something is broken."""
+    if matrix:
+        from foveal.pipelines.matrix import matrix_rows, print_matrix
+
+        return write_json(matrix_rows()) if as_json else print_matrix(stdout())
     from foveal.pipelines.doctor import diagnose, print_diagnosis
 
     found = diagnose()

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Outcome = Literal["works", "refuses", "not applicable", "needs a GPU", "not run"]
+Outcome = Literal["works", "refuses", "not applicable", "needs a GPU", "not tried"]
 Order = Literal["before", "after"]
 ORDERS: tuple[Order, Order] = ("before", "after")
 METHODS = ("dense", "grat", "neighborhood")
@@ -188,7 +188,7 @@ CONDITIONS = (
         note="flux, flux-kontext, flux2 and hunyuan with is_guidance_distilled=True"),
     # ---- adapters
     Condition("controlnet", "adapters", "the pipeline's ControlNet variant around the same models", WORKS, (
-        Except(("qwen-image", "zimage"), Verdict("not run", "diffusers has a ControlNet for it that no cell builds")),
+        Except(("qwen-image", "zimage"), Verdict("not tried", "diffusers has a ControlNet for it that no cell builds")),
         Except(_others(("flux", "sd3", *UNETS, "qwen-image", "zimage")), _na("diffusers has no ControlNet for the pipeline")))),
     Condition("ip-adapter", "adapters", "pipe.load_ip_adapter(...)", WORKS, (
         Except(("sd3",), Verdict("refuses", f"every attention layer is left alone: {OWN_WEIGHTS}"), "before"),

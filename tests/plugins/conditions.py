@@ -6,13 +6,12 @@ raises, as it does for its user.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pipes import PIPES
 from typing import Any
-from unittest import mock
 
 import diffusers as D
 import torch
 from pipes_adapters import controlled, load_ip_adapter
+from tiny_pipes import PIPES
 
 CPU = torch.device("cpu")
 COMPONENTS = ("transformer", "transformer_2", "unet")
