@@ -71,15 +71,21 @@ def columns() -> tuple[tuple[str, ...], ...]:
 
 
 def told(condition: Condition, outcomes: tuple[str, ...], reasons: Reasons) -> str:
-    """Hosts with one of these outcomes, grouped by order and reason: "sd3, pixart (after) [2]; ltx"."""
-    groups: dict[tuple[str, Verdict], list[str]] = {}
+    """Hosts with one of these outcomes, by reason and, where it matters, by order: "sd3, pixart (after) [2]; ltx"."""
+    groups: dict[Verdict, dict[str, list[str]]] = {}
     for host in NAMES:
-        found = {order: verdict(host, condition.name, order) for order in ORDERS}
-        same = len(set(found.values())) == 1
-        for order in ORDERS[:1] if same else ORDERS:
-            if found[order].outcome in outcomes:
-                groups.setdefault(("" if same else f" ({order})", found[order]), []).append(host)
-    return "; ".join(hosts_of(hosts) + order + reasons.mark(found.reason) for (order, found), hosts in groups.items())
+        for order in ORDERS:
+            found = verdict(host, condition.name, order)
+            if found.outcome in outcomes:
+                groups.setdefault(found, {}).setdefault(order, []).append(host)
+    parts = []
+    for found, by_order in groups.items():
+        same = len(by_order) == len(ORDERS) and len({tuple(hosts) for hosts in by_order.values()}) == 1
+        said = (
+            {"": next(iter(by_order.values()))} if same else {f" ({order})": hosts for order, hosts in by_order.items()}
+        )
+        parts += [f"{hosts_of(hosts)}{order}{reasons.mark(found.reason)}" for order, hosts in said.items()]
+    return "; ".join(parts)
 
 
 def hosts_of(hosts: list[str]) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -172,7 +171,8 @@ def bound_class(original: type) -> type[BoundProcessor]:
     def __call__(self: BoundProcessor, attn: Any, *args: Any, **kwargs: Any) -> Any:
         return self.run(attn, *args, **kwargs)
 
-    __call__.__signature__ = inspect.signature(original.__call__)  # type: ignore[attr-defined]
+    # Not a ready __signature__: the compiler refuses the read-only view in it once the model's graph has changed any dict.
+    __call__.__wrapped__ = original.__call__  # type: ignore[attr-defined]
     cls = type("Foveal" + original.__name__, (BoundProcessor,), {"__call__": __call__})
     private.register_processor_class(cls, original)
     return cls

@@ -159,7 +159,9 @@ CONDITIONS = (
     Condition("compile-blocks", "torch.compile", "model.compile_repeated_blocks(fullgraph=True)", WORKS,
               note="sd3, pixart, animatediff, cogvideox, mochi and cosmos name no repeated blocks: block.compile() for each"),
     Condition("compile-whole", "torch.compile", "torch.compile(model, fullgraph=True)", WORKS, (
-        Except(NAMES, Verdict("refuses", COMPILE_FIRST), "after"),), note="without fullgraph=True the later order works too"),
+        Except(("hunyuan1.5",), _na("the model branches on its data, which a whole graph cannot"), "before"),
+        Except(("zimage",), _na("the model's rotary tables enter a device context, which a whole graph cannot"), "before"),
+        Except(NAMES, Verdict("refuses", COMPILE_FIRST), "after")), note="without fullgraph=True the later order works too"),
     # ---- memory
     Condition("model-offload", "memory", "pipe.enable_model_cpu_offload()", WORKS, note="with the CPU as its device: hooks run, nothing moves"),
     Condition("sequential-offload", "memory", "pipe.enable_sequential_cpu_offload()", WORKS,

@@ -203,13 +203,8 @@ def gradient_checkpointing(case):
 
 
 # ---- compilers
-BLOCKS = (
-    "BasicTransformerBlock",
-    "JointTransformerBlock",
-    "CogVideoXBlock",
-    "MochiTransformerBlock",
-    "CosmosTransformerBlock",
-)
+BLOCKS = ("BasicTransformerBlock", "JointTransformerBlock", "CogVideoXBlock", "MochiTransformerBlock",
+          "CosmosTransformerBlock")  # fmt: skip
 
 
 def compile_blocks(case):

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from fakes import Masked
-from tiny import MODELS, noise, run, wan_inputs, wan_pipe, wan_transformer
+from tiny import MODELS, flux_inputs, flux_transformer, noise, run, wan_inputs, wan_pipe, wan_transformer
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from foveal.plugins.accelerate import AccelerateError, accelerate
@@ -84,6 +84,17 @@ def test_compile_first_then_accelerate_is_one_graph():
         assert [row.calls for row in handle.record.layers] == [3, 3]
         assert handle.record.layers[0].facts.plan.ordered
     assert counter.frame_count == 1
+
+
+def test_a_whole_graph_of_attention_that_reads_signatures():
+    """Flux asks every processor for the names of its arguments, in the graph."""
+    model, inputs = flux_transformer(num_layers=1, num_single_layers=1), flux_inputs()
+    with accelerate(model, "grat", **GRAT_KNOBS):
+        eager = run(model, inputs)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with accelerate(compiled, "grat", **GRAT_KNOBS) as handle:
+        torch.testing.assert_close(run(compiled, inputs), eager, atol=1e-6, rtol=1e-5)
+        assert handle.record.density() < 1
 
 
 def test_accelerate_first_then_whole_graph_says_what_to_do():

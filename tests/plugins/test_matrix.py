@@ -43,6 +43,11 @@ BY_HAND = [
     ("cogvideox", "fuse-qkv", "after"), ("sd15", "ip-adapter", "after"), ("sd3", "ip-adapter", "before"),
     ("sd3", "ip-adapter", "after"), ("flux", "ip-adapter", "before"), ("flux", "context-parallel", "after"),
     ("wan", "context-parallel", "before"), ("ltx2", "lora", "before"),
+    ("zimage", "batched", "before"), ("zimage", "lora", "after"), ("zimage", "layerwise-casting", "after"),
+    ("mochi", "batched", "after"), ("mochi", "faster-cache", "before"), ("flux2", "faster-cache", "after"),
+    ("sd15", "controlnet", "before"), ("sdxl", "controlnet", "after"), ("animatediff", "controlnet", "after"),
+    ("sd3", "controlnet", "before"), ("skyreels", "two-pass", "before"), ("wan-i2v", "torchao", "before"),
+    ("wan-i2v", "gradient-checkpointing", "after"),
 ]  # fmt: skip
 SELECTED = list(dict.fromkeys(selection()))
 
@@ -69,6 +74,15 @@ def test_every_host_and_condition_of_the_data_can_be_run():
     assert set(PIPES) == set(NAMES)
     assert set(CONDITIONS) == {condition.name for condition in composition.CONDITIONS}
     assert set(METHODS) == set(composition.METHODS)
+
+
+def test_the_selection_leaves_out_no_host_and_no_condition():
+    """Three hosts for every condition and three conditions for every host, cells that are not applicable not counted."""
+    counted = [cell for cell in SELECTED if verdict(*cell).outcome in ("works", "refuses")]
+    for name in {condition for _, condition, _ in tried()}:
+        assert len({host for host, condition, _ in counted if condition == name}) >= 3, name
+    for name in NAMES:
+        assert len({condition for host, condition, _ in counted if host == name}) >= 3, name
 
 
 def test_refusals_and_gaps_give_a_reason():
