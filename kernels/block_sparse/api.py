@@ -5,7 +5,6 @@ Letters as in plan.py; D head dim, Hkv key heads.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import Literal, overload
 
@@ -16,6 +15,7 @@ from foveal.kernels.block_sparse import operator
 from foveal.kernels.block_sparse.checks import PlanError
 from foveal.kernels.block_sparse.needs import IMPLEMENTATIONS, slower
 from foveal.kernels.block_sparse.plan import BlockPlan
+from foveal.kernels.choosing import Choice, pick
 from foveal.kernels.merge import merge_attention
 
 
@@ -26,50 +26,23 @@ class KernelOptions:
     implementation: str | None = None
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The implementation a call takes, and why the preferred ones before it cannot."""
-
-    name: str
-    skipped: tuple[tuple[str, str], ...] = ()
-
-    def __str__(self) -> str:
-        return self.name + "".join(f" ({name} skipped: {why})" for name, why in self.skipped)
-
-
 def choose(
     q: Tensor, plan: BlockPlan | None = None, options: KernelOptions | None = None, *,
     k: Tensor | None = None, v: Tensor | None = None, scale: float | None = None,
 ) -> Choice:  # fmt: skip
     """Which implementation takes q [B, H, N, D] with this plan. Raises ValueError when the one asked for by name cannot."""
     wanted = options.implementation if options else None
-    if wanted is not None:
-        if wanted not in IMPLEMENTATIONS:
-            near = difflib.get_close_matches(wanted, IMPLEMENTATIONS, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(
-                f"there is no implementation {wanted!r}{hint}; choose one of {', '.join(IMPLEMENTATIONS)}."
-            )
-        why = IMPLEMENTATIONS[wanted].refusal(q, by_name=True)
+
+    def refusal(name: str) -> str | None:
+        needs = IMPLEMENTATIONS[name]
+        why = needs.refusal(q, by_name=wanted is not None)
         if why is None and plan is not None:
-            why = IMPLEMENTATIONS[wanted].call_refusal(q, plan, k, v, scale)
-        if why:
-            raise ValueError(
-                f"the {wanted} implementation cannot take this call: {why}; leave implementation out, or change the input."
-            )
-        return Choice(wanted)
-    skipped: list[tuple[str, str]] = []
-    for name, needs in IMPLEMENTATIONS.items():
-        if name == "reference":
-            continue
-        why = needs.refusal(q)
-        if why is None and plan is not None:
-            why = needs.call_refusal(q, plan, k, v, scale) or slower(name, plan)
-        if why is None:
-            return Choice(name, tuple(skipped))
-        skipped.append((name, why))
-    reasons = "; ".join(f"{name}: {why}" for name, why in skipped)
-    raise ValueError(f"no implementation takes q of shape {tuple(q.shape)}: {reasons}.")
+            why = needs.call_refusal(q, plan, k, v, scale)
+            if why is None and wanted is None:
+                why = slower(name, plan)
+        return why
+
+    return pick(IMPLEMENTATIONS, wanted, tuple(q.shape), refusal)
 
 
 @overload

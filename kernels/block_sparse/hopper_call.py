@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from foveal.kernels.block_sparse.hopper import block_sparse_hopper
-from foveal.kernels.block_sparse.launching import launch, specialised
+from foveal.kernels.block_sparse.launching import empty_outputs, keys_in_order, launch, specialised
 from foveal.kernels.block_sparse.plan import BlockPlan
 from foveal.kernels.block_sparse.plan_forms import (
     as_order,
@@ -27,7 +27,6 @@ from foveal.kernels.block_sparse.plan_forms import (
     stride_of,
 )
 from foveal.kernels.block_sparse.tiles import SPECIALISED_BLOCKS, hopper_keys, row_table
-from foveal.kernels.order import permute_tokens
 
 LOG2E = 1.4426950408889634
 RING = {(64, 64): 6, (64, 128): 4, (128, 64): 4, (128, 128): 2}  # tiles in the ring by (DP, BN): 200 KB in all, or less
@@ -115,18 +114,9 @@ def hopper_attention(
     keys: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Shapes as in ``block_sparse_attention``; ``keys`` overrides the keys of a tile, 64 or 128 (for tuning and tests)."""
-    b, h, n, _ = q.shape
-    if not plan.ordered and plan.kv_order is not None:
-        k, v = permute_tokens(k, plan.kv_order), permute_tokens(v, plan.kv_order)
-    out = torch.empty_like(q) if plan.covers else torch.zeros_like(q)
-    lse = None
-    if need_lse:
-        lse = (
-            torch.empty(b, h, n, device=q.device) if plan.covers else torch.full((b, h, n), -torch.inf, device=q.device)
-        )
-    if not plan.n_q_blocks or not plan.max_q_len:
-        return out.zero_(), None if lse is None else lse.fill_(-torch.inf)
-    _launch(q, k, v, out, lse, init, plan, scale, keys or hopper_keys(plan))
+    out, lse = empty_outputs(q, plan, need_lse)
+    if plan.n_q_blocks and plan.max_q_len:
+        _launch(q, *keys_in_order(k, v, plan), out, lse, init, plan, scale, keys or hopper_keys(plan))
     return out, lse
 
 

@@ -131,10 +131,10 @@ IMPLEMENTATIONS: dict[str, Needs] = {
 }  # fmt: skip
 
 
-def support_table() -> str:
+def support_table(implementations: dict[str, Needs] = IMPLEMENTATIONS, width: str = "head dim") -> str:
     """The implementations and what they need, as a Markdown table."""
-    lines = ["| implementation | devices | dtypes | head dim | note |", "|---|---|---|---|---|"]
-    for name, need in IMPLEMENTATIONS.items():
+    lines = [f"| implementation | devices | dtypes | {width} | note |", "|---|---|---|---|---|"]
+    for name, need in implementations.items():
         devices = ", ".join(need.devices) + (
             f" (compute capability {need.capability[0]}.{need.capability[1]} and later)" if need.capability else ""
         )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveal.kernels.block_sparse.launching import launch, specialised
+from foveal.kernels.block_sparse.launching import empty_outputs, keys_in_order, launch, specialised
 from foveal.kernels.block_sparse.plan import BlockPlan
 from foveal.kernels.block_sparse.plan_forms import (
     as_order,
@@ -22,7 +22,6 @@ from foveal.kernels.block_sparse.plan_forms import (
 )
 from foveal.kernels.block_sparse.portable import block_sparse_forward
 from foveal.kernels.block_sparse.tiles import SHARED_EVERYWHERE, SPECIALISED_BLOCKS, Tile, padded, tile_for
-from foveal.kernels.order import permute_tokens
 
 LOG2E = 1.4426950408889634
 
@@ -38,15 +37,10 @@ def triton_attention(
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Shapes as in ``block_sparse_attention``; ``tile`` overrides the tuned tile sizes (for tuning and tests)."""
-    b, h, n, d = q.shape
-    tile = tile or tile_for(*_chip(q), q.element_size(), d)
-    if not plan.ordered and plan.kv_order is not None:
-        k, v = permute_tokens(k, plan.kv_order), permute_tokens(v, plan.kv_order)
-    out = torch.empty_like(q) if plan.covers else torch.zeros_like(q)
-    lse = torch.full((b, h, n), -torch.inf, device=q.device) if need_lse else None
-    if not plan.n_q_blocks or not plan.max_q_len:
-        return out.zero_(), lse
-    _launch(q, k, v, out, lse, init, plan, scale, tile)
+    out, lse = empty_outputs(q, plan, need_lse)
+    if plan.n_q_blocks and plan.max_q_len:
+        tile = tile or tile_for(*_chip(q), q.element_size(), q.shape[-1])
+        _launch(q, *keys_in_order(k, v, plan), out, lse, init, plan, scale, tile)
     return out, lse
 
 
