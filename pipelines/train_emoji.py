@@ -233,7 +233,6 @@ def _command(argv: Sequence[str]) -> str:
 def _trainer(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> EmojiTrainer:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-        torch.backends.cuda.enable_cudnn_sdp(False)  # token counts here are no multiples of 64
         # cuDNN's backward of attention fails on these lengths (image plus a few text tokens, no multiple of 8).
         torch.backends.cuda.enable_cudnn_sdp(False)
     torch.manual_seed(recipe.seed)
@@ -247,13 +246,13 @@ def _trainer(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> 
 
 
 def _compile_blocks(model: Any) -> None:
-    """One graph a frame size, reused by the identical blocks; what cannot be compiled runs as it is."""
+    """One graph for all frame sizes, reused by the identical blocks; what cannot be compiled runs as it is."""
     import torch._dynamo
 
     torch._dynamo.config.cache_size_limit = 64
     torch._dynamo.config.suppress_errors = True
     for block in (*model.transformer_blocks, *model.single_transformer_blocks):
-        block.compile(dynamic=False)
+        block.compile(dynamic=True)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import importlib.util
 from dataclasses import dataclass, field
 from typing import Any
 
-TOY = "toy model that knows 192 small pictures by heart; its numbers do not transfer to large models"
+TOY = "toy model that knows 64 small pictures by heart; its numbers do not transfer to large models"
 PATCH = 4  # edge of a token in pixels
 SHIFTS: dict[int, float] = {64: 3.0, 128: 4.0, 256: 6.0}  # of the noise levels, by trained frame size in pixels
 

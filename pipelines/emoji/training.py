@@ -3,6 +3,7 @@
 Notable choices
 - The loop, the optimizer, the average and the stages are those of the world's models (`foveal.pipelines.world.training`);
   only the data and the loss are different.
+- Small batches: as many steps as the host can start; names and outlines need steps more than samples.
 - Small frames first: at 64 pixels a sample costs a tenth, and names, colours and outlines are learnt there.
 
 B samples, S height = width
@@ -30,7 +31,7 @@ def stage(until: float, batches: dict[int, int], shares: dict[int, float]) -> St
     return Stage(until, PAIRS, shapes)
 
 
-BATCHES = {64: 512, 128: 128, 256: 24}
+BATCHES = {64: 192, 128: 64, 256: 16}
 FEW = {64: 8, 128: 4, 256: 2}
 
 RECIPES: dict[str, Recipe] = {
@@ -41,9 +42,9 @@ RECIPES: dict[str, Recipe] = {
         shift=SHIFTS[128],
         decay=0.5,
         stages=(
-            stage(0.2, BATCHES, {64: 1.0}),
-            stage(0.6, BATCHES, {64: 0.1, 128: 0.8, 256: 0.1}),
-            stage(1.0, BATCHES, {64: 0.05, 128: 0.55, 256: 0.4}),
+            stage(0.3, BATCHES, {64: 1.0}),
+            stage(0.65, BATCHES, {64: 0.15, 128: 0.75, 256: 0.1}),
+            stage(1.0, BATCHES, {64: 0.05, 128: 0.5, 256: 0.45}),
         ),
     ),
     "tiny": Recipe(

@@ -69,7 +69,7 @@ def test_style_may_be_left_out_and_spelling_of_a_is_free():
 
 
 def test_words_and_pictures_are_distinct():
-    assert len(set(VOCAB)) == len(VOCAB) and len(set(NAMES)) == len(NAMES) == 192
+    assert len(set(VOCAB)) == len(VOCAB) and len(set(NAMES)) == len(NAMES) == 64
     assert len({code for code, _ in CODES}) == len(CODES)
 
 
@@ -106,7 +106,7 @@ def test_the_split_does_not_depend_on_who_tells_the_scene():
 
 
 def test_five_per_cent_of_single_scenes_are_held_out():
-    table = torch.cartesian_prod(torch.arange(192), torch.zeros(1, dtype=torch.long), torch.arange(6))
+    table = torch.cartesian_prod(torch.arange(64), torch.zeros(1, dtype=torch.long), torch.arange(6))
     rows = torch.full((len(table), 7), -1)
     rows[:, 0], rows[:, 1], rows[:, 5], rows[:, 6] = table[:, 0], 0, 0, table[:, 2]
     assert held_out(rows).float().mean().item() == pytest.approx(0.05, abs=0.02)
@@ -150,7 +150,7 @@ def test_no_two_pictures_are_alike_and_none_is_empty():
 @pytest.mark.parametrize("size", [20, 96, 128, 192])
 def test_no_sprite_is_brighter_than_its_opacity(size):
     found = sprites(size, CPU)
-    assert found.shape == (192, 4, size, size) and (found[:, :3] <= found[:, 3:]).all() and found.min() >= 0
+    assert found.shape == (64, 4, size, size) and (found[:, :3] <= found[:, 3:]).all() and found.min() >= 0
     if size == 128:
         assert torch.equal(found, pictures())
 
