@@ -61,7 +61,7 @@ class Case:
 CASES = (
     Case("flux-4096", (1, 256, 256), 512, True, 24, (1, 16, 16)),
     Case("wan-1.3b-480p", (21, 30, 52), 0, False, 12, (21, 3, 4)),
-    Case("hunyuan-720p", (33, 45, 80), 256, False, 24, (11, 5, 8)),
+    Case("hunyuan-720p", (33, 45, 80), 256, False, 24, (11, 9, 5)),
 )
 DENSITIES = (0.25, 0.125)
 CUDA = torch.device("cuda")
