@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from demo_page import demo
 from records import Record, head, ms, record_of, shape, table, times
+from vision_page import backbones, plain_linear, training_proof, vision
 
 ATTENTION = ("dense_fwd", "block_sparse_fwd")
 INTRO = """# Benchmarks
@@ -77,7 +79,7 @@ def kernels(record: Record) -> str:
     )  # fmt: skip
     note = "Lists given, tokens in order. Errors are those of sampled rows against float64."
     parts = [f"## Attention kernels\n\n{head(record)}\n\n{note}\n\n{table(columns, rows)}"]
-    return "\n\n".join([*parts, *around(record), *linear(record), *not_set_up(record)])
+    return "\n\n".join([*parts, *around(record), *linear(record), *plain_linear(record), *not_set_up(record)])
 
 
 def around(record: Record) -> list[str]:
@@ -106,7 +108,7 @@ def linear(record: Record) -> list[str]:
     rows = [
         [
             r["case"], f"{r['shape']['batch']} x {shape(r)}", r["impl"], ms(r["ms"]), times(r["speedup"]), times(r.get("against_fla")),
-            f"failed: {r['failed']}" if r.get("failed") else "-" if r["rel_l2"] is None else f"{r['rel_l2']:.1e}",
+            f"failed: {r['failed']}" if r.get("failed") else "-" if r["rel_l2"] is None else f"{r['rel_l2']:.1e}", times(r.get("against_one")),
         ]
         for r in record["rows"]
         if r.get("gate") is not None
@@ -119,8 +121,9 @@ def linear(record: Record) -> list[str]:
         "against softmax",
         "against fla",
         "relative error",
+        "both directions, in times of one",
     )
-    note = "\"graph\" rows replay a CUDA graph: the device's time without the host's. Errors are those of one head against the recurrence in float64."
+    note = "\"graph\" rows replay a CUDA graph: the device's time without the host's. Errors are those of one head against the recurrence in float64, in training the worst of its gradients."
     return [f"### Gated linear attention\n\n{note}\n\n{table(columns, rows)}"] if rows else []
 
 
@@ -166,7 +169,16 @@ def peak_memory(record: Record) -> str:
     return f"## Peak memory\n\n{head(record)}\n\n{note}\n\n{table(columns, rows)}"
 
 
-TABLES = {"layers": layers, "kernels": kernels, "static_methods": static_methods, "peak_memory": peak_memory}
+TABLES = {
+    "layers": layers,
+    "kernels": kernels,
+    "static_methods": static_methods,
+    "peak_memory": peak_memory,
+    "backbones": backbones,
+    "vision": vision,
+    "training_proof": training_proof,
+    "demo": demo,
+}
 
 
 def page(results: Path | None = None) -> str:

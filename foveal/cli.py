@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from foveal.pipelines.progress import Voice
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-BENCHES = ("kernels", "layers")
+BENCHES = ("kernels", "layers", "backbones", "vision")
 
 app = typer.Typer(
     name="foveal",
@@ -141,7 +141,12 @@ def doctor(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="kernels (attention alone) or layers (whole transformer blocks)")],
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="kernels (attention alone), layers (transformer blocks), backbones or vision (image models)"
+        ),
+    ],
     out: Annotated[
         Path | None, typer.Option("--out", help="Where to write. Default benchmarks/results/WHAT.json.")
     ] = None,
@@ -154,7 +159,7 @@ def bench(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure kernels or transformer blocks on this machine against the fastest dense attention."""
+    """Measure kernels, transformer blocks or image models on this machine against the fastest dense attention."""
     options = {"out": out, "device": device, "seconds": seconds, "tiny": tiny, "cases": cases or None, "rounds": rounds}
     with contextlib.redirect_stdout(sys.stderr):  # a line per row is progress
         path = run_bench(what, **options)

@@ -27,7 +27,10 @@ from torch import Tensor, nn
 from foveal.pipelines.emoji.generation import emoji_generator
 from foveal.pipelines.emoji.loading import is_emoji
 from foveal.pipelines.errors import UserError
+from foveal.pipelines.lina.loading import is_lina
 from foveal.pipelines.schema import StudyConfig
+from foveal.plugins.accelerate import accelerate
+from foveal.plugins.method import Method
 
 OnStep = Callable[[], None]
 
@@ -71,6 +74,10 @@ class Generator:
         if not self.world:
             return None
         return [self, *(replace(self, pipe=copy.deepcopy(self.pipe)) for _ in range(n - 1))]
+
+    def attach(self, method: Method) -> Any:
+        """A handle (a context manager) that lets a method take over the pipeline's attention."""
+        return accelerate(self.pipe, method)
 
     @torch.no_grad()
     def sample(
@@ -156,6 +163,10 @@ def load_generator(study: StudyConfig) -> Generator:
     path = Path(study.model).expanduser()
     if study.model in shipped.shipped() or is_world_folder(path):
         source = study.model if study.model in shipped.shipped() else path
+        if is_lina(shipped.config_of(source)):
+            from foveal.pipelines.lina.generation import lina_generator
+
+            return lina_generator(study, source, device, dtype)
         if is_emoji(shipped.config_of(source)):
             return emoji_generator(study, source, device, dtype)
         return world_generator(study, source, device, dtype)
@@ -165,7 +176,8 @@ def load_generator(study: StudyConfig) -> Generator:
 def is_world_folder(path: Path) -> bool:
     """Whether a folder holds a model in the format of the shipped ones."""
     try:
-        return "words" in json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        return "words" in config or is_lina(config)
     except (OSError, ValueError):
         return False
 

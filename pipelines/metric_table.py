@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from foveal.pipelines.contestants import Contestant
-from foveal.pipelines.metrics import FunctionMetric, Meta
+from foveal.pipelines.metrics import FunctionMetric, Meta, lina
 from foveal.pipelines.probes import step_errors
 from foveal.pipelines.samples import Cell, Sample, to_float
 from foveal.pipelines.statistics import bootstrap_ci, mcnemar, wilson
@@ -62,6 +62,8 @@ def meta_of(study: Study, contestant: Contestant, cell: Cell, sample: Sample, de
         from foveal.pipelines.emoji.reader import read as read_emoji
 
         reading = read_emoji(to_float(sample.video)[:, 0])
+    if any("lina" in metric.inputs for metric in study.metrics):
+        reading = lina.reading(study.generator, to_float(sample.video))
     latents = None if sample.latents is None else sample.latents[None]
     reference = None if dense is None or dense.latents is None else dense.latents[None]
     return Meta(

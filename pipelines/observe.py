@@ -13,7 +13,6 @@ from foveal.pipelines.errors import UserError
 from foveal.pipelines.generator import Clip, Generator, OnStep
 from foveal.pipelines.host_info import synchronize
 from foveal.pipelines.load import others_watched
-from foveal.plugins.accelerate import accelerate
 from foveal.plugins.method import Method, MethodError
 from foveal.plugins.record import Capture, Record
 
@@ -47,7 +46,7 @@ def observe(
 def attached(generator: Generator, method: Method) -> Any:
     """A handle (a context manager) on the generator's pipeline; a method that does not fit is a UserError."""
     try:
-        return accelerate(generator.pipe, method)
+        return generator.attach(method)
     except MethodError as err:
         raise UserError(f"{method.label}: {err}") from err
 

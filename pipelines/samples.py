@@ -2,10 +2,10 @@
 
 T frames, H height, W width.
 
-    <folder>/config.yaml                               the resolved config
-    <folder>/media/<method>/<prompt>-<seed>.safetensors  video uint8 [T, H, W, 3], its facts as JSON in the header
-    <folder>/media/<method>/<prompt>-<seed>.webp         the same, animated, for eyes
-    <folder>/work/<key>.json                           timings, step errors, noise floors: what a continued run need not repeat
+    config.yaml                                        the resolved config
+    media/<method>/<prompt>-<seed>.safetensors         video uint8 [T, H, W, 3], its facts as JSON in the header
+    media/<method>/<prompt>-<seed>.webp                the same, animated, for eyes
+    work/<key>.json                                    timings, step errors, noise floors: what a continued run need not repeat
 
 Notable choices
 - Every file is written beside its place and then renamed: a file that exists is whole.

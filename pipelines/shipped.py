@@ -3,9 +3,11 @@
     pipe = load("world-video")
     frames = pipe(["a small red circle moving right on a navy plain background"], seeds=[0]).frames
     images = load("emoji-flux")(["a large fox on a mint plain background"], seeds=[0]).images
+    images = load("lina-fashion")(["ankle boot", "bag"]).images
 
 Notable choices
-- A model is a folder: config.json, model.safetensors, text.safetensors, README.md (its card). Files are looked for
+- A model is a folder: config.json, model.safetensors, a second weight file (text.safetensors, or LINA's judge.safetensors),
+  README.md (its card). Files are looked for
   in an explicit path, then in the package, then in the directory named by FOVEAL_WEIGHTS_DIR, which says where to
   look and nothing else; `pipe.card.folder` records where they were found.
 - Every file is checked against the SHA-256 in config.json before it is read.
@@ -29,6 +31,7 @@ from torch import Tensor, nn
 
 from foveal.pipelines.emoji.loading import build, card_facts, is_emoji
 from foveal.pipelines.errors import UserError
+from foveal.pipelines.lina import loading as lina
 from foveal.pipelines.world.models import TOY, token_grid
 from foveal.pipelines.world.vocabulary import VOCAB
 
@@ -44,7 +47,8 @@ MODEL_FILE, TEXT_FILE = "model.safetensors", "text.safetensors"
 class Card:
     """Facts about one model. `sha256` is that of model.safetensors, None until weights were exported.
 
-    kind: "world" (videos, `WorldPipeline`) or "emoji" (images, `EmojiPipeline`). objects: how many a prompt may name. world: the version of the pictures it learnt. shifts: (size, shift of the noise
+    kind: "world" (videos, `WorldPipeline`) "emoji" (images, `EmojiPipeline`) or "lina" (images of classes,
+    `LinaPipeline`). files: its weights. objects: how many a prompt may name. world: the version of the pictures it learnt. shifts: (size, shift of the noise
     levels) of every size it was trained at.
     """
 
@@ -66,6 +70,7 @@ class Card:
     world: int = 1
     shifts: tuple[tuple[int, float], ...] = ()
     kind: str = "world"
+    files: tuple[str, ...] = (MODEL_FILE, TEXT_FILE)
     toy: bool = True
     note: str = TOY
 
@@ -77,7 +82,7 @@ class Card:
     @property
     def available(self) -> bool:
         """Whether the weights are there."""
-        return (self.folder / MODEL_FILE).is_file() and (self.folder / TEXT_FILE).is_file()
+        return all((self.folder / name).is_file() for name in self.files)
 
 
 def cards() -> list[Card]:
@@ -102,7 +107,7 @@ def load(
     a call's `size` may be any that fits.
 
     dtype: of the transformer's weights; norms, modulation tables and the time embedding stay fp32, as in diffusers.
-    The pipeline, a `WorldPipeline` or an `EmojiPipeline`, carries its `card`.
+    The pipeline, a `WorldPipeline`, an `EmojiPipeline` or a `LinaPipeline`, carries its `card`.
 
     Raises UserError, a ValueError: an unknown name (nearest one suggested), a missing file, one that is not the recorded
     file, or a size the model was not trained at.
@@ -113,7 +118,12 @@ def load(
     if size is not None and size not in card.sizes:
         known = ", ".join(map(str, card.sizes))
         raise UserError(f"{card.id} was not trained at size {size}: use {known}, or give size to the call for timing.")
-    weights = {file: _read_weights(folder, file, config["files"][file]["sha256"]) for file in (MODEL_FILE, TEXT_FILE)}
+    weights = {file: _read_weights(folder, file, config["files"][file]["sha256"]) for file in card.files}
+    if lina.is_lina(config):
+        images = lina.build(config, weights)
+        images.model.to(dtype)
+        images.card = card
+        return images.to(device)
     pipe = build(config, size or card.size) if is_emoji(config) else _clip_pipeline(config, card, size or card.size)
     _fill(pipe.transformer, weights[MODEL_FILE], folder / MODEL_FILE)
     table = {key.removeprefix("text."): value for key, value in weights[TEXT_FILE].items()}
@@ -160,7 +170,7 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
         close = difflib.get_close_matches(str(path), names, n=1, cutoff=0.0)
         hint = f" (nearest: {close[0]!r})" if close else ""
         raise UserError(f"unknown model {str(path)!r}{hint}: use one of {', '.join(names)}, or a folder's path.")
-    complete = [place for place in found if (place / MODEL_FILE).is_file() and (place / TEXT_FILE).is_file()]
+    complete = [place for place in found if _card(_read_config(place), place).available]
     return (complete or found)[0]
 
 
@@ -173,7 +183,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        if not is_emoji(config):
+        if not (is_emoji(config) or lina.is_lina(config)):
             config["transformer"]["patch_size"] = tuple(config["transformer"]["patch_size"])
         return config
     except (ValueError, KeyError, TypeError) as error:
@@ -181,12 +191,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _card(config: dict[str, Any], folder: Path) -> Card:
-    net = config["transformer"]
-    own = card_facts(config) if is_emoji(config) else _clip_facts(config)
+    if lina.is_lina(config):
+        own = lina.card_facts(config)
+    else:
+        own = card_facts(config) if is_emoji(config) else _clip_facts(config)
+        net = config["transformer"]
+        own |= {"heads": net["num_attention_heads"], "head_dim": net["attention_head_dim"]}
     return Card(
         **{key: config[key] for key in ("id", "size", "steps", "guidance", "params")},
-        heads=net["num_attention_heads"],
-        head_dim=net["attention_head_dim"],
         sha256=config["files"][MODEL_FILE]["sha256"],
         folder=folder,
         **own,

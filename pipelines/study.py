@@ -74,8 +74,9 @@ def open_study(config: StudyConfig, folder: Path, voice: Voice, sitting: str, *,
     check_study(config, sweep=sweep)
     voice.say(f"loading {config.model}")
     generator = load_generator(config)
-    emoji = generator.facts.get("kind") == "emoji"
-    chosen, skipped = choose(config.metrics, generator.world and not emoji, emoji)
+    kind = generator.facts.get("kind")
+    emoji = kind == "emoji"
+    chosen, skipped = choose(config.metrics, generator.world and not emoji, emoji, kind == "lina")
     if skipped and config.on_missing == "error":
         names = ", ".join(s["id"] for s in skipped)
         raise UserError(f"metrics: {names} {skipped[0]['reason']}; leave them out, or set on_missing: skip.")

@@ -18,12 +18,9 @@ Notable choices
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import json
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +34,18 @@ from foveal.pipelines.emoji.models import MODELS, EmojiSpec, build_transformer
 from foveal.pipelines.emoji.png import write_png
 from foveal.pipelines.emoji.text import TextTable
 from foveal.pipelines.emoji.training import RECIPES, EmojiTrainer, start_from_nothing
+from foveal.pipelines.host_info import synchronize
+from foveal.pipelines.training_run import (
+    TrainingRun,
+    command,
+    compile_blocks,
+    eagerly,
+    given,
+    memory_gib,
+    options,
+    parse,
+    recipe_options,
+)
 from foveal.pipelines.world.export import record
 from foveal.pipelines.world.training import Recipe
 
@@ -52,38 +61,13 @@ FINAL = (  # size, steps, guidance, held-out combinations; the first row is the 
     (64, 8, 1.0, False),
     (128, 4, 1.0, False),
 )
-SYNC_EVERY = 10  # steps the CPU may run ahead of the GPU; keeps the wall clock honest
-REPORT_EVERY = 250
 
 
-class Run:
-    """One run: its log, its clock and its loop."""
+class Run(TrainingRun):
+    """One run of the emoji model."""
 
-    def __init__(self, args: argparse.Namespace, trainer: EmojiTrainer, spec: EmojiSpec) -> None:
-        self.args, self.trainer, self.spec = args, trainer, spec
-        self.out, self.checkpoint = Path(args.out), Path(args.checkpoint or f"runs/train-{args.model}")
-        self.rows: list[dict[str, Any]] = []
-        self.commands: list[str] = []
-        self.spent = 0.0  # seconds of earlier, interrupted parts
-        self.lost = 0.0  # of all parts, before their first step
-        self.last = time.perf_counter(), 0
-
-    @property
-    def seconds(self) -> float:
-        return self.spent + time.perf_counter() - self.args.started
-
-    def log(self, event: str, **facts: Any) -> None:
-        row = {"event": event, "seconds": round(self.seconds, 1), **facts}
-        self.rows.append(row)
-        print(json.dumps(row), flush=True)
-        self.out.mkdir(parents=True, exist_ok=True)
-        with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def progress(self) -> float:
-        if self.args.steps:
-            return self.trainer.step / self.args.steps
-        return (self.seconds - self.lost) / max(1e-6, self.args.seconds - self.args.reserve - self.lost)
+    trainer: EmojiTrainer
+    spec: EmojiSpec
 
     def save(self) -> None:
         """The checkpoint, and the model as it is now."""
@@ -98,49 +82,33 @@ class Run:
 
     def judge(self, size: int, n: int, seeds: int, **settings: Any) -> dict[str, Any]:
         trainer = self.trainer
-        with trainer.averaged(), _eagerly():
+        with trainer.averaged(), eagerly():
             common: dict[str, Any] = {"size": size, "n": n, "seeds": seeds, "bf16": trainer.bf16}
             return evaluate(trainer.model, trainer.text, self.spec, **common, **settings)
 
     def train(self) -> None:
-        """Until the steps or the seconds are used up; evaluates and saves on the way."""
-        trainer = self.trainer
-        if trainer.device.type == "cuda":
+        if self.trainer.device.type == "cuda":
             self.warm_up()
-        next_eval = _next_eval(self.progress(), self.args.evals)
-        self.last = time.perf_counter(), trainer.step
-        while (progress := self.progress()) < 1:
-            trainer.train_step(progress)
-            if trainer.step % SYNC_EVERY == 0:
-                _synchronise(trainer.device)
-            if trainer.step in (1, SYNC_EVERY) or trainer.step % REPORT_EVERY == 0:
-                self.report("train")
-            if self.progress() >= next_eval and self.progress() < 1:
-                for size in self.args.eval_sizes:
-                    facts = self.judge(size, self.args.eval_n, 1)
-                    self.log("eval", step=trainer.step, loss=self.losses().get(str(size)), **facts)
-                self.save()
-                next_eval = _next_eval(self.progress(), self.args.evals)
-                self.last = time.perf_counter(), trainer.step
-        self.save()
-        self.report("done")
+        super().train()
+
+    def evaluate(self) -> None:
+        for size in self.args.eval_sizes:
+            facts = self.judge(size, self.args.eval_n, 1)
+            self.log("eval", step=self.trainer.step, loss=self.losses().get(str(size)), **facts)
 
     def warm_up(self) -> None:
         """Every shape once; the schedule starts after it."""
         for shape in self.trainer.shapes():
             self.trainer.warm_up(shape)
-            _synchronise(self.trainer.device)
+            synchronize(self.trainer.device)
             self.log("warm", size=shape.size)
         self.lost += self.seconds - self.spent
 
     def report(self, event: str) -> None:
-        trainer, now = self.trainer, time.perf_counter()
-        pace = 1000 * (now - self.last[0]) / max(1, trainer.step - self.last[1])
-        self.last = now, trainer.step
-        memory = torch.cuda.max_memory_allocated() / 2**30 if trainer.device.type == "cuda" else None
+        trainer = self.trainer
         seen = {str(size): n for size, n in trainer.seen.items()}
-        facts = {"step": trainer.step, "ms_per_step": round(pace, 1), "seen": seen, "losses": self.losses()}
-        self.log(event, progress=round(self.progress(), 3), memory_gib=memory and round(memory, 1), **facts)
+        facts = {"step": trainer.step, "ms_per_step": self.pace(), "seen": seen, "losses": self.losses()}
+        self.log(event, progress=round(self.progress(), 3), memory_gib=memory_gib(trainer.device), **facts)
 
     def losses(self) -> dict[str, float]:
         return {str(size): round(loss.item(), 5) for size, loss in self.trainer.losses.items()}
@@ -177,7 +145,7 @@ class Run:
         """samples.png: the first validation prompts, twelve a row at 128 pixels and six a row at 256."""
         trainer, attributes = self.trainer, validation_attributes(shown)
         bands = []
-        with trainer.averaged(), _eagerly():
+        with trainer.averaged(), eagerly():
             for size, count in ((128, shown), (256, shown // 2)):
                 images = draw(trainer.model, trainer.text, self.spec, attributes[:count], size, bf16=trainer.bf16)
                 across = 1536 // size
@@ -190,22 +158,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0: exported and the gate passed. 1: exported, gate missed. 2: wrong options."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
-    args = parser.parse_args(argv)
-    args.started = time.perf_counter()
-    if bool(args.steps) == bool(args.seconds):
-        parser.error("give either --steps or --seconds: one of them ends the run and shapes the learning rate.")
-    recipe = dataclasses.replace(RECIPES[args.model], **_given(args))
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    run = Run(args, _trainer(args, recipe, device), MODELS[args.model])
+    args = parse(parser, argv)
+    recipe = dataclasses.replace(RECIPES[args.model], **given(args, Recipe))
+    run = Run(args, _trainer(args, recipe), MODELS[args.model])
     if args.resume:
         try:
             run.resume()
         except ValueError as error:
             parser.error(str(error))
-    run.commands.append(_command(argv))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    facts = {"device": name, "torch": torch.__version__, "network": type(run.trainer.model).__name__}
-    run.log("start", model=args.model, **facts, commit=args.commit, step=run.trainer.step, recipe=_plain(recipe))
+    run.start(command("train_emoji", argv, ("--out", "--checkpoint", "--average")), commit=args.commit)
     run.train()
     passed = run.finish()
     if not passed:
@@ -213,24 +174,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if passed else 1
 
 
-def _plain(recipe: Recipe) -> dict[str, Any]:
-    return json.loads(json.dumps(dataclasses.asdict(recipe)))
-
-
-def _given(args: argparse.Namespace) -> dict[str, Any]:
-    """The recipe's fields that were given as options."""
-    options = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(Recipe)}
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _command(argv: Sequence[str]) -> str:
-    """The command as the card shows it: folders by their last name only."""
-    folders = ("--out", "--checkpoint", "--average")
-    shown = [Path(word).name if before in folders else word for before, word in zip(["", *argv], argv, strict=False)]
-    return f"python -m foveal.pipelines.train_emoji {' '.join(shown)}"
-
-
-def _trainer(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> EmojiTrainer:
+def _trainer(args: argparse.Namespace, recipe: Recipe) -> EmojiTrainer:
+    device = args.device
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         # cuDNN's backward of attention fails on these lengths (image plus a few text tokens, no multiple of 8).
@@ -239,55 +184,20 @@ def _trainer(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> 
     transformer = MODELS[args.model].transformer
     model, text = build_transformer(transformer, args.network), TextTable(transformer["joint_attention_dim"])
     start_from_nothing(model)
-    trainer = EmojiTrainer(model, text, recipe, device)
+    trainer = EmojiTrainer(model, text, recipe, device, recorded=device.type == "cuda" and not args.no_graph)
     if device.type == "cuda" and not args.no_compile:
-        _compile_blocks(model)
+        compile_blocks((*model.transformer_blocks, *model.single_transformer_blocks))
     return trainer
 
 
-def _compile_blocks(model: Any) -> None:
-    """One graph for all frame sizes, reused by the identical blocks; what cannot be compiled runs as it is."""
-    import torch._dynamo
-
-    torch._dynamo.config.cache_size_limit = 64
-    torch._dynamo.config.suppress_errors = True
-    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
-        block.compile(dynamic=True)
-
-
-@contextlib.contextmanager
-def _eagerly() -> Iterator[None]:
-    """Evaluation without compiled blocks: its shapes are many and its time is short."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-def _next_eval(progress: float, evals: int) -> float:
-    """The next of `evals` evenly spaced points of a run; infinity when none is left."""
-    points = [(k + 1) / (evals + 1) for k in range(evals)]
-    return min((point for point in points if point > progress), default=float("inf"))
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="train_emoji", description="Train the toy model of emoji scenes, export it.")
+    parser = options(
+        "train_emoji", "Train the toy model of emoji scenes, export it.", RECIPES, reserve=70.0, model="emoji-flux"
+    )
     add = parser.add_argument
-    add("--model", choices=sorted(RECIPES), default="emoji-flux")
-    add("--out", required=True, help="folder for the export, the log and the pictures")
-    add("--checkpoint", help="folder for checkpoints (default runs/train-MODEL)")
-    add("--steps", type=int, default=0, help="train this many steps in all")
-    add("--seconds", type=float, default=0.0, help="train for this wall time in all, evaluation included")
-    add("--reserve", type=float, default=70.0, help="seconds of --seconds kept for the final evaluation")
-    add("--resume", action="store_true", help="continue from --checkpoint")
     add("--average", help="with --resume: folder of the model exported beside the checkpoint (default --out)")
-    add("--device", help="default: cuda if there is one")
     add("--network", choices=("auto", "stock", "twin"), default="auto")
-    add("--no-compile", action="store_true")
-    add("--evals", type=int, default=4, help="evaluations, exports and checkpoints on the way")
+    add("--no-graph", action="store_true", help="ordinary steps instead of recorded ones")
     add("--eval-n", type=int, default=64, help="prompts of each, one seed")
     add("--eval-sizes", type=int, nargs="+", default=[64, 128, 256], help="frame sizes of each")
     add("--final-n", type=int, default=64, help="prompts of each final evaluation")
@@ -296,10 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--shown", type=int, default=24, help="images in samples.png, a multiple of 12, or 0")
     add("--gate", type=float, default=0.8, help="acc_all at 128 pixels that the export must reach")
     add("--commit", help="commit of the code, for the card")
-    for name in ("warmup", "seed"):
-        add(f"--{name}", type=int, help="overrides the model's recipe")
-    for name in ("lr", "decay", "high", "ema"):
-        add(f"--{name}", type=float, help="overrides the model's recipe")
+    recipe_options(parser, ("warmup", "seed"), ("lr", "decay", "high", "ema"))
     return parser
 
 

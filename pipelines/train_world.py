@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -29,6 +28,16 @@ from typing import Any
 
 import torch
 
+from foveal.pipelines.training_run import (
+    SYNC_EVERY,
+    TrainingRun,
+    command,
+    compile_blocks,
+    given,
+    options,
+    parse,
+    recipe_options,
+)
 from foveal.pipelines.world import checkpoint
 from foveal.pipelines.world.card import card
 from foveal.pipelines.world.evaluation import evaluate, evaluate_real, forward_facts
@@ -40,40 +49,22 @@ from foveal.pipelines.world.training import RECIPES, Recipe, Trainer, start_from
 
 # steps, guidance, held-out triples; the first row is the gate
 FINAL = ((8, 1.0, False), (8, 1.0, True), (16, 1.0, False), (4, 1.0, False), (8, 2.0, False))
-SYNC_EVERY = 10  # steps the CPU may run ahead of the GPU; keeps the wall clock honest
 REPORT_EVERY, REPORT_SECONDS = 500, 15.0  # steps, seconds
 
 
-class Run:
-    """One run: its log, its clock and its loop."""
+class Run(TrainingRun):
+    """One run of a model of the world."""
+
+    report_every = REPORT_EVERY
+    trainer: Trainer
+    spec: ModelSpec
 
     def __init__(self, args: argparse.Namespace, trainer: Trainer, spec: ModelSpec) -> None:
-        self.args, self.trainer, self.spec = args, trainer, spec
-        self.out, self.checkpoint = Path(args.out), Path(args.checkpoint or f"runs/train-{args.model}")
-        self.rows: list[dict[str, Any]] = []
-        self.commands: list[str] = []
-        self.spent = 0.0  # seconds of earlier, interrupted parts
-        self.started = self.reported = args.started
+        super().__init__(args, trainer, spec)
+        self.reported = self.started
         shape = trainer.recipe.at(1.0, 0)[0]
         self.batches = {shape.size: shape.batch}
         self.batches |= {shape.size: shape.batch for stage in trainer.recipe.stages for shape in stage.shapes}
-
-    @property
-    def seconds(self) -> float:
-        return self.spent + time.perf_counter() - self.started
-
-    def log(self, event: str, **facts: Any) -> None:
-        row = {"event": event, "seconds": round(self.seconds, 1), **facts}
-        self.rows.append(row)
-        print(json.dumps(row), flush=True)
-        self.out.mkdir(parents=True, exist_ok=True)
-        with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def progress(self) -> float:
-        if self.args.steps:
-            return self.trainer.step / self.args.steps
-        return self.seconds / max(1e-6, self.args.seconds - self.args.reserve)
 
     def left(self) -> float:
         """Seconds of this call's budget that are left; infinity if there is none."""
@@ -105,27 +96,15 @@ class Run:
         with trainer.averaged():
             return examine(trainer.model, trainer.text, self.spec, paper, size, self.batches[size], trainer.bf16)
 
-    def train(self) -> None:
-        """Until the steps or the seconds are used up; evaluates and saves on the way."""
-        trainer = self.trainer
-        next_eval = _next_eval(self.progress(), self.args.evals)
-        while (progress := self.progress()) < 1 and self.left() > self.args.reserve * (self.args.part_seconds > 0):
-            trainer.train_step(progress)
-            if trainer.step % SYNC_EVERY == 0:
-                _synchronise(trainer.device)
-            if self.should_report():
-                self.log("train", **self.facts())
-            if self.progress() >= next_eval and self.progress() < 1:
-                self.evaluate()
-                self.save()
-                next_eval = _next_eval(self.progress(), self.args.evals)
-        self.save()
-        self.log("done", **self.facts())
+    def goes_on(self) -> bool:
+        return self.left() > self.args.reserve * (self.args.part_seconds > 0)
+
+    def report(self, event: str) -> None:
+        self.log(event, **self.facts())
 
     def should_report(self) -> bool:
-        step, now = self.trainer.step, time.perf_counter()
-        due = step in (1, SYNC_EVERY) or step % REPORT_EVERY == 0
-        due = due or bool(self.args.seconds and step % SYNC_EVERY == 0 and now - self.reported > REPORT_SECONDS)
+        now, late = time.perf_counter(), bool(self.args.seconds and self.trainer.step % SYNC_EVERY == 0)
+        due = super().should_report() or (late and now - self.reported > REPORT_SECONDS)
         self.reported = now if due else self.reported
         return due
 
@@ -193,22 +172,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0: exported and the gate passed. 1: exported, gate missed. 2: wrong options."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
-    args = parser.parse_args(argv)
-    args.started = time.perf_counter()
-    if bool(args.steps) == bool(args.seconds):
-        parser.error("give either --steps or --seconds: one of them ends the run and shapes the learning rate.")
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    args = parse(parser, argv)
     try:
         spec, recipe = _settings(args)
-        run = Run(args, _trainer(args, spec, recipe, device), spec)
+        run = Run(args, _trainer(args, spec, recipe), spec)
         if args.resume:
             run.resume()
     except ValueError as error:
         parser.error(str(error))
-    run.commands.append(_command(argv))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    facts = {"device": name, "torch": torch.__version__, "network": type(run.trainer.model).__name__}
-    run.log("start", model=spec.id, **facts, step=run.trainer.step, recipe=dataclasses.asdict(recipe))
+    run.start(command("train_world", argv, ("--out", "--checkpoint", "--init")))
     run.train()
     passed = run.finish()
     if not passed:
@@ -216,25 +188,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if passed else 1
 
 
-def _command(argv: Sequence[str]) -> str:
-    """The command as the card shows it: folders by their last name only."""
-    folders = ("--out", "--checkpoint", "--init")
-    shown = [Path(word).name if before in folders else word for before, word in zip(["", *argv], argv, strict=False)]
-    return f"python -m foveal.pipelines.train_world {' '.join(shown)}"
-
-
 def _settings(args: argparse.Namespace) -> tuple[ModelSpec, Recipe]:
     """The presets of a model, with the options that were given."""
-    options = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(Recipe)}
-    given = {name: value for name, value in options.items() if value is not None}
-    recipe = dataclasses.replace(RECIPES[args.model], **given)
-    if recipe.stages and {"size", "batch", "shift"} & given.keys():
+    chosen = given(args, Recipe)
+    recipe = dataclasses.replace(RECIPES[args.model], **chosen)
+    if recipe.stages and {"size", "batch", "shift"} & chosen.keys():
         raise ValueError(f"{args.model} is trained on a mixture of sizes: --size, --batch and --shift do not apply.")
     spec = dataclasses.replace(MODELS[args.model], frames=recipe.frames, size=recipe.size, shift=recipe.shift)
     return spec, recipe
 
 
-def _trainer(args: argparse.Namespace, spec: ModelSpec, recipe: Recipe, device: torch.device) -> Trainer:
+def _trainer(args: argparse.Namespace, spec: ModelSpec, recipe: Recipe) -> Trainer:
+    device = args.device
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(recipe.seed)
@@ -244,55 +209,21 @@ def _trainer(args: argparse.Namespace, spec: ModelSpec, recipe: Recipe, device: 
     if args.init:
         checkpoint.start_from(trainer, Path(args.init))
     if device.type == "cuda" and not args.no_compile:
-        _compile_blocks(model)
+        compile_blocks(model.blocks)
     return trainer
 
 
-def _compile_blocks(model: Any) -> None:
-    """One graph, reused by the identical blocks; what cannot be compiled runs as it is."""
-    import torch._dynamo
-
-    torch._dynamo.config.cache_size_limit = 64
-    torch._dynamo.config.suppress_errors = True
-    for block in model.blocks:
-        block.compile(dynamic=False)
-
-
-def _next_eval(progress: float, evals: int) -> float:
-    """The next of `evals` evenly spaced points of a run; infinity when none is left."""
-    points = [(k + 1) / (evals + 1) for k in range(evals)]
-    return min((point for point in points if point > progress), default=float("inf"))
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="train_world", description="Train a toy model of the world and export it.")
+    parser = options("train_world", "Train a toy model of the world and export it.", RECIPES, reserve=25.0)
     add = parser.add_argument
-    add("--model", choices=sorted(RECIPES), required=True)
-    add("--out", required=True, help="folder for the export and the log")
-    add("--checkpoint", help="folder for checkpoints (default runs/train-MODEL)")
-    add("--steps", type=int, default=0, help="train this many steps in all")
-    add("--seconds", type=float, default=0.0, help="train for this wall time in all, evaluation included")
-    add("--reserve", type=float, default=25.0, help="seconds of --seconds kept for the final evaluation")
-    add("--resume", action="store_true", help="continue from --checkpoint")
     add("--init", help="checkpoint or exported folder of another run to take the weights from")
-    add("--device", help="default: cuda if there is one")
     add("--network", choices=("auto", "stock", "twin"), default="auto")
-    add("--no-compile", action="store_true")
-    add("--evals", type=int, default=4, help="evaluations, and checkpoints, on the way")
     add("--eval-n", type=int, default=128, help="clips of each")
     add("--final-n", type=int, default=256, help="clips of each final evaluation")
     add("--gate", type=float, help="acc_all (of one object) that the export must reach, instead of the model's gates")
     add("--part-seconds", type=float, default=0.0, help="end this call after this wall time, evaluated and exported")
     add("--compact", action="store_true", help="checkpoints in files below 16 MB, moments in bf16")
-    for name in ("frames", "size", "batch", "warmup", "seed"):
-        add(f"--{name}", type=int, help="overrides the model's recipe")
-    for name in ("lr", "shift", "decay", "high", "ema"):
-        add(f"--{name}", type=float, help="overrides the model's recipe")
+    recipe_options(parser, ("frames", "size", "batch", "warmup", "seed"), ("lr", "shift", "decay", "high", "ema"))
     return parser
 
 

@@ -28,11 +28,36 @@ class Handle:
     settings   plain data: ``foveal.accelerate(target, **handle.settings)`` does the same again
     """
 
-    def __init__(self, method: Method, settings: dict[str, Any]) -> None:
-        self.method, self.settings = method, settings
+    def __init__(self, method: Method) -> None:
+        self.method = method
+        self.settings: dict[str, Any] = {}
         self.record = Record()
         self.attachments: list[Any] = []
         self.undo: list[Callable[[], None]] = []  # what a host did outside its attachments, taken back last
+
+    def enter(self, attachments: Sequence[Any], layers: Layers, roles: Sequence[str] | None) -> None:
+        """Enter every model, all or nothing: layers are chosen in all of them before the first is touched."""
+        for attachment in attachments:
+            attachment.choose(layers, tuple(self.method.roles if roles is None else roles))
+        try:
+            for attachment in attachments:
+                attachment.handle = self
+                self.attachments.append(attachment)
+                attachment.enter()
+        except BaseException:
+            self.remove()
+            raise
+        self.settings = self._settings(layers, roles)
+
+    def _settings(self, layers: Layers, roles: Sequence[str] | None) -> dict[str, Any]:
+        """A predicate cannot be written down, so the names it chose are."""
+        plain: Any = layers
+        if callable(layers):
+            plain = sorted({name for a in self.attachments for name in a.bound})
+        elif layers is not None and not isinstance(layers, str):
+            plain = list(layers)
+        knobs = self.method.knobs()
+        return {"method": self.method.name, "layers": plain, "roles": None if roles is None else list(roles), **knobs}
 
     @classmethod
     def from_settings(cls, target: Any, settings: Mapping[str, Any] | str) -> Handle:
@@ -122,14 +147,3 @@ class Handle:
 
     def __repr__(self) -> str:
         return f"Handle({self.method.label}, {len(self.still_bound())} layers)"
-
-
-def settings_of(handle: Handle, layers: Layers, roles: Sequence[str] | None) -> dict[str, Any]:
-    """A predicate cannot be written down, so the names it chose are."""
-    plain: Any = layers
-    if callable(layers):
-        plain = sorted({name for a in handle.attachments for name in a.bound})
-    elif layers is not None and not isinstance(layers, str):
-        plain = list(layers)
-    knobs = handle.method.knobs()
-    return {"method": handle.method.name, "layers": plain, "roles": None if roles is None else list(roles), **knobs}

@@ -23,9 +23,9 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from foveal.vision.bilevel import BilevelRoutingAttention, DenseAttention
+from foveal.vision.head import check_head
 
 HEAD_DIM = 32
-POOLS = ("avg", "")
 
 
 class Block(nn.Module):
@@ -66,7 +66,7 @@ class BiFormer(nn.Module):
         device: Any = None, dtype: Any = None,
     ):  # fmt: skip
         super().__init__()
-        _check_head(num_classes, global_pool)
+        check_head(num_classes, global_pool)
         if len(depths) != len(topks) or embed_dim % HEAD_DIM:
             raise ValueError(
                 f"{len(depths)} depths and {len(topks)} topks at width {embed_dim}; give one of each per stage, and a width that "
@@ -118,7 +118,7 @@ class BiFormer(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         self.global_pool = self.global_pool if global_pool is None else global_pool
-        _check_head(num_classes, self.global_pool)
+        check_head(num_classes, self.global_pool)
         self.num_classes = num_classes
         like = next(self.parameters())
         dd: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
@@ -172,13 +172,6 @@ class BiFormer(nn.Module):
         if prune_head:
             self.reset_classifier(0, "")
         return take
-
-
-def _check_head(num_classes: int, global_pool: str) -> None:
-    if num_classes < 0:
-        raise ValueError(f"num_classes is {num_classes}; 0 (no classifier) or more is needed.")
-    if global_pool not in POOLS:
-        raise ValueError(f"there is no global_pool {global_pool!r} here; choose 'avg', or '' for unpooled output.")
 
 
 def _stem(in_chans: int, dim: int, dd: dict[str, Any]) -> nn.Sequential:

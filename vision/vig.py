@@ -18,19 +18,12 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
+from foveal.vision.head import check_head
 from foveal.vision.vig_checkpoint import checkpoint_filter_fn
 from foveal.vision.vig_mixer import BidirectionalMixer, RMSNorm
 from foveal.vision.vig_position import resample
 
-POOLS = ("avg", "")
 SMALLEST = 7  # pixels a side: the stem's output is then one token
-
-
-def check_head(num_classes: int, global_pool: str) -> None:
-    if num_classes < 0:
-        raise ValueError(f"num_classes is {num_classes}; 0 (no classifier) or more is needed.")
-    if global_pool not in POOLS:
-        raise ValueError(f"there is no global_pool {global_pool!r} here; choose 'avg', or '' for unpooled output.")
 
 
 def grid_of(height: int, width: int) -> tuple[int, int]:

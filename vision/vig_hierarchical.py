@@ -16,7 +16,7 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from foveal.vision.vig import check_head
+from foveal.vision.head import check_head
 from foveal.vision.vig_checkpoint import checkpoint_filter_fn
 from foveal.vision.vig_mixer import BidirectionalMixer
 

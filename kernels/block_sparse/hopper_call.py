@@ -53,6 +53,13 @@ def rows_of(x: Tensor, tile: int, dim: int) -> Rows | None:
     return Rows(descriptor, row_b, row_h, col_h)
 
 
+def certain_rows(x: Tensor, tile: int, dim: int) -> Rows:
+    """``rows_of``, through a copy where x is no table: calls check before, compiled graphs cannot see alignment."""
+    rows = rows_of(x, tile, dim) or rows_of(x.clone(memory_format=torch.contiguous_format), tile, dim)
+    assert rows is not None  # contiguous, and its head dim is a multiple of 8
+    return rows
+
+
 @functools.lru_cache(maxsize=32)
 def _layout(tile: int, dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for([tile, dim], DTYPES[dtype])
@@ -126,8 +133,7 @@ def _launch(
     b, h, n, d = q.shape
     dim = 64 if d <= 64 else 128
     facts = derived(plan, f"hopper_{keys}", lambda p: plan_arguments(p, keys))
-    key_rows, value_rows = rows_of(k, keys, dim), rows_of(v, keys, dim)
-    assert key_rows is not None and value_rows is not None  # refused before
+    key_rows, value_rows = certain_rows(k, keys, dim), certain_rows(v, keys, dim)
     q_tma = d == dim and not facts.switches["Q_ORDER"]
     query_rows = rows_of(q, ROWS, dim) if q_tma else None
     if query_rows is None:  # the descriptor then gives its layout only

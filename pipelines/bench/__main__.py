@@ -1,16 +1,21 @@
-"""``python -m foveal.pipelines.bench kernels|layers``: the same as ``foveal bench``, on machines that have torch and triton only."""
+"""``python -m foveal.pipelines.bench kernels|layers|backbones|vision``: the same as ``foveal bench``, without its packages.
+
+kernels needs torch and triton, layers also diffusers, backbones and vision also timm.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from foveal.pipelines.bench import kernels
 from foveal.pipelines.bench.rows import write
+
+BENCHES = ("kernels", "layers", "backbones", "vision")  # modules beside this one, each with measure() and line()
 
 
 def run(
@@ -39,9 +44,9 @@ def run(
 def _cases(
     what: str, device: torch.device, seconds: float, tiny: bool, cases: list[str] | None, rounds: int | None
 ) -> Iterator[list[dict[str, Any]]]:
-    from foveal.pipelines.bench import layers  # names diffusers only when it measures
-
-    bench = kernels if what == "kernels" else layers
+    bench = importlib.import_module(
+        f"foveal.pipelines.bench.{what}"
+    )  # only this one: the others may need more packages
     for found in bench.measure(device, seconds, tiny, cases, rounds):
         for r in found:
             print(bench.line(r), flush=True)
@@ -50,14 +55,14 @@ def _cases(
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="foveal.pipelines.bench", description=__doc__)
-    parser.add_argument("what", choices=("kernels", "layers"))
+    parser.add_argument("what", choices=BENCHES)
     parser.add_argument("--out", type=Path, help="default benchmarks/results/WHAT.json")
     parser.add_argument("--device", help="default: cuda if there is one")
     parser.add_argument("--seconds", type=float, default=2.0, help="of measuring per case")
     parser.add_argument("--tiny", action="store_true", help="small sizes, for trying the harness on a CPU")
     parser.add_argument("--rounds", type=int, help="exactly so many, instead of --seconds")
     parser.add_argument(
-        "--cases", nargs="+", help="of layers which models, of kernels which groups; a wrong name lists them"
+        "--cases", nargs="+", help="names of cases or, but for layers, of groups of them; a wrong name lists them"
     )
     args = vars(parser.parse_args())
     print(run(args.pop("what"), **args))

@@ -25,6 +25,7 @@ class Case:
     spread                    coefficient of variation of the counts; beside it runs a twin with equal counts
     everybody                 every dense backend, padded and not, and xformers
     flex                      FlexAttention too (about ten seconds of compiling on a GPU)
+    flash2                    FlashAttention-2 too: what papers divide by, 1.7 times slower than the baseline on Hopper
     """
 
     name: str
@@ -37,6 +38,7 @@ class Case:
     spread: float = 0.0
     everybody: bool = False
     flex: bool = False
+    flash2: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,7 @@ class WindowCase:
     heads: int
     head_dim: int = 128
     flex: bool = True
+    flash2: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,18 @@ class LinearCase:
     heads: int = 3
     head_dim: int = 64
     gate: str = "vector"
+    training: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainCase:
+    """Linear attention without order or gates, normalised by division. training: forward and backward."""
+
+    name: str
+    batch: int
+    heads: int
+    tokens: int
+    head_dim: int
     training: bool = False
 
 
@@ -83,13 +98,13 @@ SPARSE = (
     Case(name="head dim 96", tokens=17792, heads=48, head_dim=96),
     Case(name="flux-1024", tokens=4608, heads=24, densities=(0.5, 0.25)),
     Case(name="flux-2048", tokens=16896, heads=24),
-    Case(name="flux-4096", tokens=66048, heads=24),
+    Case(name="flux-4096", tokens=66048, heads=24, flash2=False),
     Case(name="wan2.2-5b ragged", tokens=27280, heads=24),
     Case(name="key blocks of 64", tokens=32768, heads=12, kv_block=64, densities=(0.25, 0.125)),
     Case(name="wan-1.3b ragged", tokens=32760, heads=12, everybody=True),
-    Case(name="wan-14b ragged", tokens=75600, heads=40),
-    Case(name="hunyuan-544p ragged", tokens=67576, heads=24),
-    Case(name="hunyuan ragged", tokens=119056, heads=24),
+    Case(name="wan-14b ragged", tokens=75600, heads=40, flash2=False),
+    Case(name="hunyuan-544p ragged", tokens=67576, heads=24, flash2=False),
+    Case(name="hunyuan ragged", tokens=119056, heads=24, flash2=False),
     Case(name="unequal counts", tokens=32768, heads=12, densities=(0.125,), spread=1.0),
 )
 WINDOWS = (WindowCase(name="exact window", grid=(30, 48, 80), window=(18, 24, 24), tile=(2, 8, 8), heads=24),)
@@ -99,6 +114,10 @@ LINEAR = tuple(
     for gate in ("vector", "scalar")
     for batch, tokens in SIZES
     for training in (False, True)
+)  # fmt: skip
+PLAIN = tuple(
+    PlainCase(name=f"no order, {tokens} tokens{', training' * training}", batch=1, heads=16, tokens=tokens, head_dim=72, training=training)
+    for tokens, training in ((16384, False), (16384, True), (4096, False))
 )  # fmt: skip
 AROUND = (AroundCase(tokens=118784, heads=24),)
 HOST = AroundCase(tokens=2048, heads=2)
@@ -114,6 +133,10 @@ TINY_WINDOWS = (
 TINY_LINEAR = (
     LinearCase(name="tiny vector gate", batch=2, tokens=70, head_dim=16),
     LinearCase(name="tiny scalar gate, training", batch=2, tokens=70, head_dim=16, gate="scalar", training=True),
+)
+TINY_PLAIN = (
+    PlainCase(name="tiny no order", batch=1, heads=2, tokens=70, head_dim=16),
+    PlainCase(name="tiny no order, training", batch=1, heads=2, tokens=70, head_dim=16, training=True),
 )
 TINY_AROUND = (AroundCase(tokens=512, heads=2, head_dim=32),)
 TINY_HOST = AroundCase(tokens=128, heads=2, head_dim=32)

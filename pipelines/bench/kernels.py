@@ -1,7 +1,7 @@
 """`bench kernels`: attention kernels with lists given, what surrounds them, and linear attention, beside everybody who can do the same.
 
-Cases come in groups: "sparse", "window", "linear", "order", "selection", "host"; ``--cases`` takes groups or names of cases.
-What is measured and how is said in sparse.py, linear.py and around.py. A case that cannot be set up at all is a row that failed.
+Cases come in groups: "sparse", "window", "linear", "plain", "order", "selection", "host"; ``--cases`` takes groups or names of cases.
+What is measured and how is said in sparse.py, linear.py, plain_linear.py and around.py. A case that cannot be set up at all is a row that failed.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from foveal.pipelines.bench import around, cases, linear, sparse
+from foveal.pipelines.bench import around, cases, linear, plain_linear, sparse
 from foveal.pipelines.bench.rounds import How, Rounds, reason
 from foveal.pipelines.bench.rows import SHORT, Rows, row
 
 SHOWN = {
     "rel_l2": "err", "tb_per_s": "TB/s", "host_us": "host us", "share_of_attention": "share", "against_equal": "x equal counts",
-    "against_flash4": "x flash4", "against_flash4_sparse": "x flash4-sparse", "against_fla": "x fla",
+    "against_flash4": "x flash4", "against_flash4_sparse": "x flash4-sparse", "against_fla": "x fla", "against_one": "x one direction's time", "against_compiled": "x compiled",
+    "useful_tb_per_s": "TB/s",
 }  # fmt: skip
 
 
@@ -41,9 +42,16 @@ class Job:
 
 def jobs(tiny: bool) -> list[Job]:
     """Everything there is to measure, in the order it is."""
-    small = cases.TINY_SPARSE, cases.TINY_WINDOWS, cases.TINY_LINEAR, cases.TINY_AROUND, cases.TINY_HOST
-    real = cases.SPARSE, cases.WINDOWS, cases.LINEAR, cases.AROUND, cases.HOST
-    blocks, windows, gated, surroundings, call = small if tiny else real
+    small = (
+        cases.TINY_SPARSE,
+        cases.TINY_WINDOWS,
+        cases.TINY_LINEAR,
+        cases.TINY_PLAIN,
+        cases.TINY_AROUND,
+        cases.TINY_HOST,
+    )
+    real = cases.SPARSE, cases.WINDOWS, cases.LINEAR, cases.PLAIN, cases.AROUND, cases.HOST
+    blocks, windows, gated, plain, surroundings, call = small if tiny else real
     return [
         Job("host", "host time", around.host_rows, call),
         *(Job("order", "token order", around.order_rows, case) for case in surroundings),
@@ -51,6 +59,7 @@ def jobs(tiny: bool) -> list[Job]:
         *(Job("window", case.name, sparse.window_rows, case) for case in windows),
         *(Job("selection", "selection", around.selection_rows, case) for case in surroundings),
         *(Job("linear", case.name, linear.linear_rows, case) for case in gated),
+        *(Job("plain", case.name, plain_linear.plain_rows, case) for case in plain),
     ]
 
 

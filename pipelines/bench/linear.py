@@ -7,7 +7,9 @@ Notable choices
 - Density is 1 and the baseline is dense softmax attention over the same tensors: ``speedup`` is what linear attention buys at this
   length. ``against_fla`` is fla's time over the row's, of the same kind (graph or not), null where fla did not run.
 - Training rows are one forward and the gradients of q, k, v and the gate; softmax has no gate.
-- The error is that of the last head of the first sample against the recurrence in fp64.
+- ``against_one`` is the time of both directions in one call over that of one direction.
+- The error is that of the last head of the first sample, against the recurrence in fp64; in training the worst of its gradients, against
+  those of the chunked rule in fp64.
 """
 
 from __future__ import annotations
@@ -112,22 +114,44 @@ def linear_rows(case: LinearCase, how: How) -> Rows:
     for name in calls:
         op = "dense" if competitors.is_sdpa(name) else "gated_linear"
         more = (
-            facts | {"rel_l2": error_of(name, calls, timed, [q, k, v, gate], case.training)} | against_fla(name, timed)
+            facts
+            | {"rel_l2": error_of(name, calls, timed, [q, k, v, gate], case.training)}
+            | against_fla(name, timed)
+            | against_one(name, timed)
         )
         found.append(row(case.name, op + way, name, timed, baseline, **more))
     return found
 
 
 def error_of(name: str, calls: dict[str, Call], timed: Rounds, qkvg: list[Tensor], training: bool) -> float | None:
-    """Of the forward pass; of those that have an output to look at."""
-    if name not in timed.timings or competitors.is_sdpa(name) or training or name.endswith(GRAPH):
+    """Of those that have an output to look at."""
+    if name not in timed.timings or competitors.is_sdpa(name) or name.endswith(GRAPH):
         return None
+    if training:
+        return gradient_error(calls[name](), qkvg, BOTH in name)
     one = [x[:1, -1:].detach().double() for x in qkvg]
     rule = gated_linear_attention(*one, implementation="reference")
     if BOTH in name:
         rule = rule + gated_linear_attention(*one, reverse=True, implementation="reference")
     out: Tensor = calls[name]()[:1, -1:].double()
     return float((out - rule).norm() / rule.norm())
+
+
+def gradient_error(found: tuple[Tensor, ...], qkvg: list[Tensor], both: bool) -> float:
+    """The largest relative error among the gradients of the sum of outputs, of one head."""
+    one = [x[:1, -1:].detach().double().requires_grad_() for x in qkvg]
+    out = gated_linear_attention(*one, implementation="torch")
+    if both:
+        out = out + gated_linear_attention(*one, reverse=True, implementation="torch")
+    true = torch.autograd.grad(out.sum(), one)
+    return max(float((a[:1, -1:].double() - b).norm() / b.norm()) for a, b in zip(found, true, strict=True))
+
+
+def against_one(name: str, timed: Rounds) -> dict[str, float | None]:
+    """What both directions cost beside one, of those that have both; medians of the same rounds."""
+    one = name.replace(BOTH, "")
+    known = BOTH in name and {name, one} <= set(timed.timings)
+    return {"against_one": timed.ratio(name, one)[0] if known else None}
 
 
 def against_fla(name: str, timed: Rounds) -> dict[str, float | None]:

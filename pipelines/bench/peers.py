@@ -58,20 +58,52 @@ def flash4(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
 
 
 def flash4_sparse(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> dict[str, Call]:
-    """flash-attn-4 on the same lists. Plans of uniform blocks without masks; it takes key blocks that its tiles fit."""
-    if not installed("flash_attn", "cute") or plan.box is not None or plan.row_bits is not None:
+    """flash-attn-4 on the same lists, counts of any kind. Its tiles become the plan's blocks: 128 queries by 128 or 64 keys."""
+    if not installed("flash_attn", "cute") or not plainly_listed(plan):
         return {}
-    count, index = plan.count.contiguous(), plan.index.contiguous()
+    count, index = plan.count, by_address(plan)
     none, nothing = torch.zeros_like(count), torch.zeros_like(index[..., :1])
 
     def call() -> Tensor:
         from flash_attn.cute import flash_attn_func
         from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
-        lists = BlockSparseTensorsTorch(none, nothing, count, index, block_size=(plan.max_q_len, plan.max_kv_len))
-        return first(flash_attn_func(*rows_of(q, k, v), block_sparse_tensors=lists))
+        # Entries that need a mask function come first in its tuple, whole blocks after them; a batch or head dimension of 1 is shared.
+        blocks = (plan.max_q_len, plan.max_kv_len)
+        lists = BlockSparseTensorsTorch(
+            mask_block_cnt=none, mask_block_idx=nothing, full_block_cnt=count, full_block_idx=index, block_size=blocks
+        )
+        scale = q.shape[-1] ** -0.5
+        return first(flash_attn_func(*rows_of(q, k, v), softmax_scale=scale, block_sparse_tensors=lists))
 
     return {"flash4-sparse": call}
+
+
+def plainly_listed(plan: BlockPlan) -> bool:
+    """Whether lists say all of a plan, and blocks are equal runs from position 0 on, the last one cut by the sequence."""
+    extras = (plan.box, plan.row_bits, plan.block_bias, plan.key_bias, plan.proxies)
+    orders = () if plan.ordered else (plan.q_order, plan.kv_order)
+    if plan.dense_rows or any(x is not None for x in (*extras, *orders)):
+        return False
+    sides = (plan.q_start, plan.q_len, plan.n_queries), (plan.kv_start, plan.kv_len, plan.n_keys)
+    return all(equal_runs(*side) for side in sides)
+
+
+def equal_runs(start: Tensor, length: Tensor, tokens: int) -> bool:
+    n, size = start.shape[-1], int(length.max()) if length.numel() else 0
+    if n == 0 or n != -(-tokens // max(1, size)):
+        return False
+    want = torch.arange(n, device=start.device) * size
+    return bool((start == want).all() and (length == (tokens - want).clamp(max=size)).all())
+
+
+def by_address(plan: BlockPlan) -> Tensor:
+    """The lists in address order: flash-attn-4 hides what lies past the sequence in the last listed block only. int32 [Bm, Hm, R, K]"""
+    if plan.list_order == "address":
+        return plan.index
+    listed = torch.arange(plan.index.shape[-1], device=plan.device) < plan.count[..., None]
+    last = plan.n_kv_blocks - 1
+    return torch.where(listed, plan.index, last + 1).sort(-1).values.clamp(max=last).int()
 
 
 def xformers(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:

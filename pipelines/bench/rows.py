@@ -79,7 +79,7 @@ def versions() -> dict[str, str]:
     from foveal import __version__
 
     found = {"torch": torch.__version__, "foveal": __version__}
-    for name in ("triton", "diffusers", "flash-attn-4", "fla-core", "xformers"):
+    for name in ("triton", "diffusers", "timm", "flash-attn-4", "fla-core", "xformers"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -104,10 +104,11 @@ def write(path: Path, bench: str, rows: Iterable[dict[str, Any]], device: torch.
 
 def _portable(argv: list[str]) -> list[str]:
     """The command without folders of this machine."""
-    script = argv[0]
-    first = (
-        ["-m", "foveal.pipelines.bench"]
-        if script.endswith("__main__.py")
-        else [f"{Path(script).parent.name}/{Path(script).name}"]
-    )
+    script = Path(argv[0])
+    if script.name == "__main__.py":
+        first = ["-m", "foveal.pipelines.bench"]
+    elif script.parent.name == "pipelines":
+        first = ["-m", f"foveal.pipelines.{script.stem}"]
+    else:
+        first = [f"{script.parent.name}/{script.name}"]
     return [*first, *(Path(a).name if Path(a).is_absolute() else a for a in argv[1:])]

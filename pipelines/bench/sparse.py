@@ -50,13 +50,14 @@ def random_plan(case: Case, density: float, device: torch.device, spread: float 
         counts = (torch._standard_gamma(shape, generator=gen) * mean * spread**2).round().clamp(1, c).int()
     else:
         counts = torch.full((1, case.heads, r), mean, dtype=torch.int32)
-    order = torch.rand(1, case.heads, r, c, generator=gen).argsort(-1)
-    kept = torch.arange(c) < counts[..., None]
+    q_start, kv_start, counts = (x.to(device) for x in (q_start, kv_start, counts))
+    order = torch.rand(1, case.heads, r, c, generator=gen).to(device).argsort(-1)
+    kept = torch.arange(c, device=device) < counts[..., None]
     index = torch.where(kept, order, c).sort(-1).values[..., : int(counts.max())].clamp(max=c - 1).int()
     return BlockPlan(
         n_queries=n, n_keys=n, q_start=q_start, q_len=(n - q_start).clamp(max=case.q_block), kv_start=kv_start,
         kv_len=(n - kv_start).clamp(max=case.kv_block), count=counts, n_full=counts.clone(), index=index,
-    ).to(device)  # fmt: skip
+    )  # fmt: skip
 
 
 # ---- what a row of the result attends
@@ -90,13 +91,19 @@ def window_keys(case: WindowCase, coord: Tensor) -> Seen:
 
 
 # ---- rows
+def dense_calls(q: Tensor, k: Tensor, v: Tensor, everybody: bool, flash2: bool) -> dict[str, Any]:
+    """Dense competitors; without flash2, FlashAttention-2 is left out on a GPU, where it is the slower by far."""
+    calls = competitors.dense(q, k, v, everybody)
+    return {n: c for n, c in calls.items() if flash2 or not q.is_cuda or not n.startswith("flash2")}
+
+
 def sparse_rows(case: Case, how: How) -> Rows:
     """All competitors of one case, dense and at every density, as one interleaved measurement."""
     q, k, v = draw(case.tokens, case.heads, case.head_dim, how.device, how.dtype)
     shape = {
         "tokens": case.tokens, "heads": case.heads, "head_dim": case.head_dim, "batch": 1, "blocks": [case.q_block, case.kv_block],
     }  # fmt: skip
-    dense = competitors.dense(q, k, v, case.everybody)
+    dense = dense_calls(q, k, v, case.everybody, case.flash2)
     plans = {f"{case.name} @ {d:g}": random_plan(case, d, how.device) for d in case.densities}
     if case.spread:
         plans |= {f"{case.name} @ {d:g}{EQUAL}": random_plan(case, d, how.device, spread=0.0) for d in case.densities}
@@ -148,10 +155,10 @@ def plan_rows(
 ) -> Rows:  # fmt: skip
     """The rows of one plan. names: implementation by the key it was timed under."""
     same_lists = next((key for key, name in names.items() if name == "flash4-sparse"), None)
+    facts = facts | {"density": plan.density, "visited": plan.visited}
     found = []
     for key, name in names.items():
         more = facts | errors.of(key, seen) | against_flash4(key, timed, same_lists)
-        more |= {"density": plan.density, "visited": plan.visited}
         found.append(row(case, "block_sparse_fwd", name, timed, baseline_of(timed), key=key, **more))
     return found
 
@@ -188,7 +195,7 @@ def window_rows(case: WindowCase, how: How) -> Rows:
     plan = Neighborhood(window=case.window, tile=case.tile).plan(q, k, v, site, State())
     assert plan is not None
     coord = order_of(case.grid, case.tile).coord.to(how.device).int()
-    dense, sparse = competitors.dense(q, k, v), competitors.sparse(q, k, v, plan, case.flex)
+    dense, sparse = dense_calls(q, k, v, False, case.flash2), competitors.sparse(q, k, v, plan, case.flex)
     calls = {**dense, **sparse}
     timed = how.time(calls)
     errors = Errors(calls, timed, (q, k, v), [0, n // 2 + 3, n - 1])

@@ -6,15 +6,13 @@ A log is a list of rows, dictionaries with an "event": start, train, eval, real,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from foveal.pipelines.card_text import Row, last, show, span, table
 from foveal.pipelines.emoji.models import TOY, EmojiSpec
 from foveal.pipelines.emoji.pictures import NAMES
 from foveal.pipelines.emoji.scenes import ONE_IN, PAIRS
 from foveal.pipelines.emoji.vocabulary import BACKGROUNDS, CANVASES, GRAMMAR, STYLES
 from foveal.pipelines.world.training import Recipe
-
-Row = dict[str, Any]
 
 LIMITS = """\
 - It knows its {pictures} pictures by heart and nothing else; what has to generalise is their composition: which picture,
@@ -65,7 +63,7 @@ def _facts(spec: EmojiSpec, params: int) -> str:
         ("sampler", f"Euler, {spec.steps} steps, guidance {spec.guidance:g}, shift {shifts}"),
         ("prompts", f"`{GRAMMAR.replace('|', ', ')}`"),
     ]
-    return _table(("", ""), rows)
+    return table(("", ""), rows)
 
 
 def _data() -> str:
@@ -79,7 +77,7 @@ def _data() -> str:
 
 
 def _recipe(recipe: Recipe, rows: Sequence[Row]) -> str:
-    start, done = _last(rows, "start"), _last(rows, "done")
+    start, done = last(rows, "start"), last(rows, "done")
     shapes = sorted({(shape.size, shape.batch, shape.shift) for part in recipe.stages for shape in part.shapes})
     batches = ", ".join(f"{batch} at {size} px" for size, batch, _ in shapes)
     shifts = ", ".join(f"{shift:g} at {size} px" for size, _, shift in shapes)
@@ -105,7 +103,7 @@ def _curve(rows: Sequence[Row]) -> str:
     picked = [row for row in rows if row["event"] == "eval"]
     if not picked:
         return "No evaluation was made during training."
-    return _table(names, [[_show(row.get(name)) for name in names] for row in picked])
+    return table(names, [[show(row.get(name)) for name in names] for row in picked])
 
 
 def _metrics(rows: Sequence[Row]) -> str:
@@ -113,34 +111,18 @@ def _metrics(rows: Sequence[Row]) -> str:
     for row in rows:
         if row["event"] not in ("real", "final"):
             continue
-        accuracy, psnr = row["acc_all_ci95"], row["emoji_psnr_ci95"]
         label = "rendered scenes (upper bound)" if row["event"] == "real" else _setting(row)
-        rates = [_show(row[f"acc_{name}"]) for name in RATES]
-        ends = [f"{accuracy[0]:.3f} - {accuracy[1]:.3f}", _show(row["emoji_psnr"]), f"{psnr[0]:.1f} - {psnr[1]:.1f}"]
+        rates = [show(row[f"acc_{name}"]) for name in RATES]
+        ends = [span(row["acc_all_ci95"]), show(row["emoji_psnr"]), span(row["emoji_psnr_ci95"], 1)]
         body.append([label, f"{row['size']} px", f"{row['prompts']} x {row['seeds']}", *rates, *ends])
     note = (
         "Averaged weights. Rates by the exact reader; `all` is everything asked for, its interval Wilson's over prompts; "
         "emoji_psnr in dB, interval by bootstrap over prompts.\n\n"
     )
     header = ("images", "size", "prompts x seeds", *RATES, "95 % of all", "emoji_psnr", "95 %")
-    return note + _table(header, body)
+    return note + table(header, body)
 
 
 def _setting(row: Row) -> str:
     kind = "held-out combinations" if row["held_out"] else "seen combinations"
     return f"{kind}, {row['steps']} steps, guidance {row['guidance']:g}"
-
-
-def _last(rows: Sequence[Row], event: str) -> Row:
-    return next((row for row in reversed(rows) if row["event"] == event), {})
-
-
-def _show(value: Any) -> str:
-    if value is None or value != value:
-        return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

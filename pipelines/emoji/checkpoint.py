@@ -9,9 +9,6 @@ Notable choices
 
 from __future__ import annotations
 
-import json
-import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from foveal.pipelines.emoji.training import EmojiTrainer
+from foveal.pipelines.training_state import MOMENTS, plain, read, require_recipe, restore_moments, write
 from foveal.pipelines.world.export import FILES
-
-STATE = "state.json"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def save(trainer: EmojiTrainer, folder: Path, **facts: Any) -> None:
@@ -37,15 +32,10 @@ def save(trainer: EmojiTrainer, folder: Path, **facts: Any) -> None:
     for part, tensors in parts.items():
         files[part] = f"{part}-{trainer.step:07d}.safetensors"
         save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, folder / files[part])
-    record = {"files": files, "step": trainer.step, "recipe": _plain(trainer), **facts}
+    record = {"files": files, "step": trainer.step, "recipe": plain(trainer.recipe), **facts}
     record["seen"] = {str(size): n for size, n in trainer.seen.items()}
     record["losses"] = {str(size): loss.item() for size, loss in trainer.losses.items()}
-    part_file = folder / f"{STATE}.part"
-    part_file.write_text(json.dumps(record), encoding="utf-8")
-    os.replace(part_file, folder / STATE)
-    for old in folder.glob("*.safetensors"):
-        if old.name not in files.values():
-            old.unlink()
+    write(folder, record, files.values())
 
 
 def resume(trainer: EmojiTrainer, folder: Path, exported: Path) -> dict[str, Any]:
@@ -54,26 +44,13 @@ def resume(trainer: EmojiTrainer, folder: Path, exported: Path) -> dict[str, Any
     exported: folder of the model exported at the same time, for the average. Raises ValueError if there is no checkpoint or
     it belongs to another recipe.
     """
-    if not (folder / STATE).is_file():
-        raise ValueError(f"there is no checkpoint in {folder}: it should hold {STATE}; start without --resume.")
-    record = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    plain = _plain(trainer)
-    if record["recipe"] != plain:
-        other = [key for key, value in plain.items() if record["recipe"].get(key) != value]
-        raise ValueError(f"the checkpoint in {folder} has other {', '.join(other)}: resume with the same options.")
+    record = read(folder)
+    require_recipe(record, trainer.recipe, folder)
     weights, *moments = (load_file(folder / record["files"][part]) for part in ("weights", *MOMENTS))
     trainer.put(weights)
     average = _average(exported) or weights
     trainer.ema = {name: average[name].float().to(trainer.device) for name in trainer.named}
-    names = {id(p): name for name, p in trainer.named.items()}
-    order = [names[id(p)] for group in trainer.optimizer.param_groups for p in group["params"]]
-    state = trainer.optimizer.state_dict()
-    state["state"] = {
-        i: {"step": torch.tensor(float(record["step"])), **{m: moments[k][name].float() for k, m in enumerate(MOMENTS)}}
-        for i, name in enumerate(order)
-        if name in moments[0]
-    }
-    trainer.optimizer.load_state_dict(state)
+    restore_moments(trainer.optimizer, trainer.named, dict(zip(MOMENTS, moments, strict=True)), record["step"])
     trainer.step, trainer.clips = record["step"], sum(record["seen"].values())
     trainer.seen |= {int(size): n for size, n in record["seen"].items()}
     trainer.losses = {int(size): torch.tensor(x, device=trainer.device) for size, x in record["losses"].items()}
@@ -85,8 +62,3 @@ def _average(exported: Path) -> dict[str, Tensor]:
         return {}
     model, text = (load_file(exported / name) for name in FILES)
     return {f"model.{name}": x for name, x in model.items()} | text
-
-
-def _plain(trainer: EmojiTrainer) -> dict[str, Any]:
-    """The recipe as JSON gives it back."""
-    return json.loads(json.dumps(asdict(trainer.recipe)))

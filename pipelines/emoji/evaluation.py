@@ -20,7 +20,7 @@ from foveal.pipelines.emoji.reader import read, score
 from foveal.pipelines.emoji.render import render
 from foveal.pipelines.emoji.scenes import draw_attributes, draw_positions
 from foveal.pipelines.emoji.vocabulary import scenes_of, word_ids
-from foveal.pipelines.world.evaluation import wilson
+from foveal.pipelines.statistics import wilson
 
 SCENE_SEED = 77  # held-out scenes use the next one
 NOISE_SEED = 1000
@@ -52,7 +52,7 @@ def summarise(images: Tensor, attributes: Tensor, seeds: int) -> dict[str, Any]:
         "prompts": n,
         "seeds": seeds,
         **{name: round(value, 4) for name, value in rates.items()},
-        "acc_all_ci95": _rounded(wilson(rates["acc_all"] * n, n)),
+        "acc_all_ci95": _rounded(wilson(rates["acc_all"] * n, n).to_list()),
         "emoji_psnr": round(psnr.mean().item(), 2),
         "emoji_psnr_ci95": _rounded(_bootstrap(psnr.cpu())),
     }
@@ -78,7 +78,7 @@ def draw(
         chunk = rows[start : start + batch]
         noise = seeded_noise(range(NOISE_SEED + start, NOISE_SEED + start + len(chunk)), size).to(device)
         settings = {"steps": steps or spec.steps, "shift": spec.shift(size), "guidance": guidance, "bf16": bf16}
-        parts.append(sample(model, text, word_ids(chunk, size).to(device), noise, **settings))  # type: ignore[arg-type]
+        parts.append(sample(model, text, word_ids(chunk, size).to(device), noise, **settings))
     return torch.cat(parts)
 
 

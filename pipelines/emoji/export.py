@@ -10,14 +10,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from foveal.pipelines.emoji.loading import KIND
 from foveal.pipelines.emoji.models import TOY, EmojiSpec
 from foveal.pipelines.emoji.sheet import FILE
 from foveal.pipelines.emoji.vocabulary import CANVASES, VOCAB
-from foveal.pipelines.world.export import FILES, sha256
+from foveal.pipelines.world.export import FILES, sha256, write_weights
 
 
 def export(folder: Path, spec: EmojiSpec, weights: dict[str, Tensor]) -> dict[str, Any]:
@@ -25,13 +24,7 @@ def export(folder: Path, spec: EmojiSpec, weights: dict[str, Tensor]) -> dict[st
 
     weights: any float dtype, names start with "model." or "text.".  -> the config written
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    half = {key: value.detach().half().contiguous().cpu() for key, value in weights.items()}
-    model = {key.removeprefix("model."): value for key, value in half.items() if key.startswith("model.")}
-    text = {key: value for key, value in half.items() if key.startswith("text.")}
-    for name, tensors in zip(FILES, (model, text), strict=True):
-        save_file(tensors, folder / name, {"format": "pt"})
-        (folder / name).chmod(0o644)
+    params = write_weights(folder, weights)
     config = {
         "id": spec.id,
         "kind": KIND,
@@ -41,7 +34,7 @@ def export(folder: Path, spec: EmojiSpec, weights: dict[str, Tensor]) -> dict[st
         "steps": spec.steps,
         "guidance": spec.guidance,
         "shifts": {str(size): shift for size, shift in spec.shifts.items()},
-        "params": sum(value.numel() for value in model.values()),
+        "params": params,
         "transformer": {**spec.transformer, "axes_dims_rope": list(spec.transformer["axes_dims_rope"])},
         "words": list(VOCAB),
         "pictures": {"file": FILE.name, "sha256": sha256(FILE)},

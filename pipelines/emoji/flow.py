@@ -1,4 +1,4 @@
-"""Pixels as Flux tokens, one network call, and a plain Euler sampler.
+"""Pixels as Flux tokens, one network call, and the plain Euler sampler of the world's models on them.
 
 Convention of Flux: x_sigma = (1 - sigma) x0 + sigma eps, velocity v = eps - x0, the network is given sigma in [0, 1].
 
@@ -13,7 +13,8 @@ B samples, S height = width, N = (S / 4)^2 tokens of 48 numbers (channel, row, c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,33 +76,9 @@ def velocity(model: nn.Module, x: Tensor, sigma: Tensor, encoding: Tensor) -> Te
 
 def seeded_noise(seeds: Sequence[int], size: int) -> Tensor:
     """Standard normal noise on the CPU, sample b from `seeds[b]` alone.  -> [B, 3, S, S] fp32"""
-    return world_flow.seeded_noise(seeds, 3, 1, size).squeeze(2)
+    return world_flow.seeded_noise(seeds, 3, size, size)
 
 
-@torch.no_grad()
-def sample(
-    model: nn.Module,
-    text: nn.Module,
-    ids: Tensor,
-    noise: Tensor,
-    *,
-    steps: int,
-    shift: float,
-    guidance: float = 1.0,
-    bf16: bool = False,
-) -> Tensor:
-    """Euler sampling.  ids [B, 8], noise [B, 3, S, S] -> images [B, 3, S, S] in [0, 1]
-
-    `bf16` runs the network under autocast. Guidance 1 costs one forward a step, anything else two.
-    """
-    x, sigma = noise, world_flow.sigma_schedule(steps, shift)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-        cond, null = text(ids), text(torch.zeros_like(ids))
-        for i in range(steps):
-            level = torch.full((len(ids),), sigma[i], device=x.device)
-            v = velocity(model, x, level, cond).float()
-            if guidance != 1:
-                v_null = velocity(model, x, level, null).float()
-                v = v_null + guidance * (v - v_null)
-            x = x + (sigma[i + 1] - sigma[i]) * v
-    return to_images(x)
+def sample(model: nn.Module, text: nn.Module, ids: Tensor, noise: Tensor, **settings: Any) -> Tensor:
+    """`euler` with its settings.  ids [B, 8], noise [B, 3, S, S] -> images [B, 3, S, S] in [0, 1]"""
+    return to_images(world_flow.euler(partial(velocity, model), text, ids, noise, **settings))

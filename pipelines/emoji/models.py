@@ -9,9 +9,10 @@ Notable choices
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, field
 from typing import Any
+
+from foveal.pipelines.world.models import wants_stock
 
 TOY = "toy model that knows 64 small pictures by heart; its numbers do not transfer to large models"
 PATCH = 4  # edge of a token in pixels
@@ -64,9 +65,7 @@ MODELS: dict[str, EmojiSpec] = {
 
 def build_transformer(config: dict[str, Any], kind: str = "auto") -> Any:
     """A fresh transformer. kind: "stock" (diffusers), "twin" (plain torch) or "auto" (stock if installed)."""
-    if kind not in ("auto", "stock", "twin"):
-        raise ValueError(f"transformer kind {kind!r} is unknown: use 'auto', 'stock' or 'twin'.")
-    if kind == "stock" or (kind == "auto" and importlib.util.find_spec("diffusers") is not None):
+    if wants_stock(kind):
         from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
         return FluxTransformer2DModel(**config)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +24,12 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from foveal.pipelines.emoji.flow import pack, seeded_noise, to_images, token_ids, unpack
+from foveal.pipelines.emoji.flow import pack, to_images, token_ids, unpack
 from foveal.pipelines.emoji.models import SHIFTS
 from foveal.pipelines.emoji.text import TextTable, pooled
 from foveal.pipelines.emoji.vocabulary import CANVASES, UNITS, canvas_of, parse
 from foveal.pipelines.errors import UserError
-from foveal.pipelines.world.pipeline import StepCallback, WorldPipeline, _check_request
+from foveal.pipelines.world.pipeline import StepCallback, WorldPipeline
 
 LARGEST = 1024  # pixels
 
@@ -51,6 +50,8 @@ class EmojiPipeline(WorldPipeline):
     {"128": 4.0}. `pipe.set_progress_bar_config(disable=True)` turns the progress bar off.
     """
 
+    layout = "[B, 3, S, S]"
+
     text: TextTable  # type: ignore[assignment]
 
     def __init__(
@@ -64,14 +65,8 @@ class EmojiPipeline(WorldPipeline):
         shifts: dict[str, float] | None = None,
     ) -> None:
         DiffusionPipeline.__init__(self)  # the components and the config are this class's own
-        self.register_modules(transformer=transformer, text=text, scheduler=scheduler)
         shifts = shifts or {str(trained): shift for trained, shift in SHIFTS.items()}
-        self.register_to_config(size=size, steps=steps, guidance=guidance, shifts=shifts)
-        self._own_shift = scheduler.shift
-        self._current_timestep: Tensor | None = None
-        self._num_timesteps = 0
-        self._guidance_scale = guidance
-        self._size = size
+        self._set_up(transformer, text, scheduler, size=size, steps=steps, guidance=guidance, shifts=shifts)
 
     @torch.no_grad()
     def __call__(  # type: ignore[override]
@@ -97,81 +92,42 @@ class EmojiPipeline(WorldPipeline):
         Raises UserError, a ValueError (one sentence): a prompt outside the grammar, unequal numbers of prompts and seeds,
         bad steps, guidance, seeds, latents, size or output type.
         """
-        self._size = self._frame(size)
-        steps, guidance = self._sampler(steps, guidance)
-        _check_request(prompts, seeds, output_type)
-        self.check_prompts(prompts)
-        device = self._execution_device
-        x = self._noise(latents, seeds).to(device)
-        cond, null = self._encode(prompts, guidance)
-        self._set_schedule(steps, device, CANVASES[canvas_of(self._size)])
-        x = self._denoise(x, cond, null, guidance, callback_on_step_end)
-        self.maybe_free_model_hooks()
-        image = x if output_type == "latent" else to_images(x)
-        return EmojiOutput(images=image.cpu().numpy() if output_type == "np" else image, latents=x)
-
-    @torch.no_grad()
-    def velocity(
-        self,
-        latents: Tensor,
-        prompts: Sequence[str],
-        step: int,
-        steps: int | None = None,
-        guidance: float | None = None,
-    ) -> Tensor:
-        """The velocity at one given point of a sampling path, for teacher-forced comparisons.
-
-        latents [B, 3, S, S] at the noise level of `step` (from 0) of a path of `steps`.  -> same shape, fp32
-        """
-        steps, guidance = self._sampler(steps, guidance)
-        if not 0 <= step < steps:
-            raise UserError(f"step {step} is outside a path of {steps} steps: use 0 to {steps - 1}.")
-        self.check_prompts(prompts)
-        if latents.ndim != 4 or len(latents) != len(prompts):
-            raise UserError(f"latents {tuple(latents.shape)} do not fit {len(prompts)} prompts: pass [B, 3, S, S].")
-        self._size = self._frame(latents.shape[-1])
-        device = self._execution_device
-        self._set_schedule(steps, device, CANVASES[canvas_of(self._size)])
-        cond, null = self._encode(prompts, guidance)
-        return self._predict(latents.to(device), step, cond, null, guidance)
+        size = self._frame(size)
+        request = (prompts, seeds, steps, guidance, latents, callback_on_step_end, output_type)
+        images, last = self._sample(*request, shape=(3, size, size))
+        return EmojiOutput(images=images, latents=last)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raises PromptError, a UserError, for a prompt outside the grammar."""
         for prompt in prompts:
             parse(prompt)
 
-    def _encode(self, prompts: Sequence[str], guidance: float) -> tuple[Tensor, Tensor | None]:
-        self._guidance_scale = guidance
-        cond = self.text.encode(prompts, self._size)
-        return cond, self.text.null(len(prompts)) if guidance != 1 else None
+    def _set_schedule(self, steps: int, device: torch.device, size: int | None = None) -> None:
+        super()._set_schedule(steps, device, CANVASES[canvas_of(self._frame(size))])
 
-    def _branch(self, name: str, x: Tensor, i: int, timestep: Tensor, encoding: Tensor) -> Tensor:
+    def _words(self, prompts: Sequence[str], size: int) -> Tensor:
+        return self.text.encode(prompts, size)
+
+    def _pixels(self, latents: Tensor) -> Tensor:
+        return to_images(latents)
+
+    def _network(self, x: Tensor, timestep: Tensor, encoding: Tensor) -> Tensor:
         """One network call; Flux is given sigma and multiplies by 1000 itself."""
         dtype = self.transformer.dtype
         img_ids, txt_ids = token_ids(x.shape[-1], x.device)
-        place: dict[str, Any] = {"step_index": i, "sigma": self._sigma(i), "num_inference_steps": self._num_timesteps}
-        with self.transformer.cache_context(name, **place):
-            out = self.transformer(
-                hidden_states=pack(x).to(dtype),
-                encoder_hidden_states=encoding.to(dtype),
-                pooled_projections=pooled(encoding).to(dtype),
-                timestep=(timestep / 1000).expand(len(x)),
-                img_ids=img_ids,
-                txt_ids=txt_ids,
-                return_dict=False,
-            )
-        return unpack(out[0]).float()
+        out = self.transformer(
+            hidden_states=pack(x).to(dtype),
+            encoder_hidden_states=encoding.to(dtype),
+            pooled_projections=pooled(encoding).to(dtype),
+            timestep=timestep / 1000,
+            img_ids=img_ids,
+            txt_ids=txt_ids,
+            return_dict=False,
+        )
+        return unpack(out[0])
 
     def _frame(self, size: int | None) -> int:
         size = self.config["size"] if size is None else size
         if size % UNITS or not UNITS <= size <= LARGEST:
             raise UserError(f"size is {size} px: use a multiple of {UNITS}, at most {LARGEST}.")
         return size
-
-    def _noise(self, latents: Tensor | None, seeds: Sequence[int]) -> Tensor:
-        if latents is None:
-            return seeded_noise(seeds, self._size)
-        expected = (len(seeds), 3, self._size, self._size)
-        if tuple(latents.shape) != expected:
-            raise UserError(f"latents have shape {tuple(latents.shape)}, but {expected} is needed: [B, 3, S, S].")
-        return latents.float()

@@ -3,7 +3,7 @@
 Notable choices
 - The loop, the optimizer, the average and the stages are those of the world's models (`foveal.pipelines.world.training`);
   only the data and the loss are different.
-- Small batches: as many steps as the host can start; names and outlines need steps more than samples.
+- Small batches, for many steps: names and outlines need steps more than samples.
 - Small frames first: at 64 pixels a sample costs a tenth, and names, colours and outlines are learnt there.
 
 B samples, S height = width
@@ -63,13 +63,15 @@ RECIPES: dict[str, Recipe] = {
 class EmojiTrainer(Trainer):
     """`Trainer` on scenes of emoji. seen: samples so far, by frame size."""
 
-    def __init__(self, model: nn.Module, text: nn.Module, recipe: Recipe, device: torch.device) -> None:
-        super().__init__(model, text, recipe, device)
+    def __init__(
+        self, model: nn.Module, text: nn.Module, recipe: Recipe, device: torch.device, recorded: bool = False
+    ) -> None:
+        super().__init__(model, text, recipe, device, recorded)
         self.seen: dict[int, int] = {shape.size: 0 for part in recipe.stages for shape in part.shapes}
 
     def warm_up(self, shape: Shape) -> None:
         """One forward and backward of a shape, without a step: what is compiled is compiled, what fails fails early."""
-        self._loss(shape, PAIRS).backward()
+        self.objective(*self.draw(shape, PAIRS)).backward()
         self.optimizer.zero_grad(set_to_none=True)
         self.seen[shape.size] -= shape.batch
 
@@ -78,19 +80,21 @@ class EmojiTrainer(Trainer):
         found = {shape.size: shape for part in self.recipe.stages for shape in part.shapes}
         return [found[size] for size in sorted(found)]
 
-    def _loss(self, shape: Shape, pairs: float) -> Tensor:
+    def draw(self, shape: Shape, pairs: float) -> tuple[Tensor, ...]:
         recipe, rng, device = self.recipe, self.generator, self.device
         rng.manual_seed(recipe.seed * 1_000_003 + self.step)
         attributes = draw_attributes(shape.batch, rng, pairs=pairs)
         x0 = to_latents(render(attributes, draw_positions(attributes, rng), shape.size))
         kept = torch.rand(shape.batch, 1, generator=rng, device=device) >= recipe.dropout
         sigma = draw_sigmas(shape.batch, shape.shift, recipe.high, rng)
-        noise = torch.randn(x0.shape, generator=rng, device=device)
-        level = sigma.view(-1, 1, 1, 1)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            encoding = self.text(word_ids(attributes, shape.size) * kept)
-            v = velocity(self.model, (1 - level) * x0 + level * noise, sigma, encoding)
         self.seen[shape.size] += shape.batch
+        ids = word_ids(attributes, shape.size) * kept
+        return x0, ids, sigma, torch.randn(x0.shape, generator=rng, device=device)
+
+    def objective(self, x0: Tensor, ids: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+        level = sigma.view(-1, 1, 1, 1)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            v = velocity(self.model, (1 - level) * x0 + level * noise, sigma, self.text(ids))
         return (v.float() - (noise - x0)).pow(2).mean()
 
 

@@ -10,13 +10,12 @@ Notable choices
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from foveal.pipelines.emoji.reader import Reading, read, score
 from foveal.pipelines.emoji.vocabulary import parse
 from foveal.pipelines.metrics.metric import FunctionMetric, Meta
+from foveal.pipelines.metrics.readings import accuracies
 
 ACCURACIES = {
     "acc_all": "pictures, relation, scales, style and background as asked for",
@@ -33,14 +32,6 @@ def reading_of(gen: Tensor, meta: Meta) -> Reading:
     return meta.reading if meta.reading is not None else read(gen[:, 0])
 
 
-def _accuracy(name: str) -> Callable[[Tensor, Tensor | None, Meta], Tensor]:
-    def function(gen: Tensor, ref: Tensor | None, meta: Meta) -> Tensor:
-        assert meta.prompts is not None
-        return score(reading_of(gen, meta), [parse(prompt) for prompt in meta.prompts])[name]
-
-    return function
-
-
 def _psnr(gen: Tensor, ref: Tensor | None, meta: Meta) -> Tensor:
     return reading_of(gen, meta).emoji_psnr
 
@@ -49,8 +40,5 @@ METRICS = (
     FunctionMetric(
         "emoji_psnr", "video", True, _psnr, "how well any scene of the emoji world explains the sample, dB", ("emoji",)
     ),
-    *(
-        FunctionMetric(name, "video", True, _accuracy(name), summary, ("emoji", "prompts"), proportion=True)
-        for name, summary in ACCURACIES.items()
-    ),
+    *accuracies(ACCURACIES, "emoji", reading_of, score, parse),
 )

@@ -22,8 +22,8 @@ from foveal.pipelines.errors import UserError
 
 Family = Literal["fidelity", "attention", "distribution", "video"]
 Input = Literal[
-    "reference", "latents", "prompts", "tile", "trajectory", "world", "emoji"
-]  # world: videos of the procedural world; emoji: images of the emoji world
+    "reference", "latents", "prompts", "tile", "trajectory", "world", "emoji", "lina"
+]  # world: videos of the procedural world; emoji: images of the emoji world; lina: pictures of a LINA with a judge
 
 
 @dataclass(frozen=True)

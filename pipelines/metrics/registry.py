@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from foveal.pipelines.errors import UserError
-from foveal.pipelines.metrics import emoji, fidelity, seam, ssim, teacher_forced, temporal, world
+from foveal.pipelines.metrics import emoji, fidelity, lina, seam, ssim, teacher_forced, temporal, world
 from foveal.pipelines.metrics.metric import FunctionMetric
 
 
@@ -21,7 +21,7 @@ def metrics() -> dict[str, FunctionMetric]:
     """Every metric there is, id -> metric, in the order of the report."""
     groups = (fidelity.METRICS, ssim.METRICS, seam.METRICS, teacher_forced.METRICS, temporal.METRICS, world.METRICS)
     known = {metric.id: metric for group in groups for metric in group}
-    return known | {metric.id: metric for metric in emoji.METRICS if metric.id not in known}
+    return known | {metric.id: metric for metric in (*emoji.METRICS, *lina.METRICS) if metric.id not in known}
 
 
 def metric(name: str) -> FunctionMetric:
@@ -35,7 +35,7 @@ def metric(name: str) -> FunctionMetric:
 
 
 def choose(
-    names: Iterable[str], world_model: bool, emoji_model: bool = False
+    names: Iterable[str], world_model: bool, emoji_model: bool = False, lina_model: bool = False
 ) -> tuple[list[FunctionMetric], list[dict[str, str]]]:
     """The metrics of a run -> (computable ones, [{"id", "reason"}] for the rest).
 
@@ -50,6 +50,10 @@ def choose(
             skipped.append({"id": found.id, "reason": "reads only videos of the shipped procedural world"})
         elif "emoji" in found.inputs and not emoji_model:
             skipped.append({"id": found.id, "reason": "reads only images of the shipped emoji model"})
+        elif "lina" in found.inputs and not lina_model:
+            skipped.append(
+                {"id": found.id, "reason": "reads only pictures of a LINA, with the judge that came with it"}
+            )
         else:
             chosen.append(found)
     return chosen, skipped

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from foveal.pipelines.metrics.metric import FunctionMetric, Meta
+from foveal.pipelines.metrics.readings import accuracies
 from foveal.pipelines.world.reader import Reading, direction_error, read, score
 from foveal.pipelines.world.vocabulary import parse
 
@@ -34,14 +35,6 @@ ACCURACIES = {
 def reading_of(gen: Tensor, meta: Meta) -> Reading:
     """The reading that came along, or a new one."""
     return meta.reading if meta.reading is not None else read(gen)
-
-
-def _accuracy(name: str) -> Callable[[Tensor, Tensor | None, Meta], Tensor]:
-    def function(gen: Tensor, ref: Tensor | None, meta: Meta) -> Tensor:
-        assert meta.prompts is not None
-        return score(reading_of(gen, meta), [parse(prompt) for prompt in meta.prompts])[name]
-
-    return function
 
 
 def _both(gen: Tensor, ref: Tensor | None, meta: Meta) -> Tensor:
@@ -70,10 +63,7 @@ METRICS = (
     _plain("world_psnr", True, "how well any clip of the world explains the sample, dB"),
     _plain("jitter", False, "distance of the object's path from a straight line, frame widths"),
     _plain("drift", False, "change of the object's colour over time", "colour_drift"),
-    *(
-        FunctionMetric(name, "video", True, _accuracy(name), summary, ("world", "prompts"), proportion=True)
-        for name, summary in ACCURACIES.items()
-    ),
+    *accuracies(ACCURACIES, "world", reading_of, score, parse),
     FunctionMetric(
         "acc_both",
         "video",

@@ -143,7 +143,7 @@ def _toy(s: Study) -> str:
     if not s.model.get("toy"):
         return f'<p class="note">{esc(said)}</p>' if said else ""
     name = string(s.model.get("id"), "This model")
-    text = f"{name} {TOY}"
+    text = f"{name} {string(s.model.get('toy_text')) or TOY}"
     more = f" <span>{esc(said)}</span>" if said and "toy" not in said.casefold() else ""
     more += f" <span>{esc(outside)}</span>" if (outside := string(s.model.get("outside"))) else ""
     return f'<p class="toy"><strong>Toy model.</strong> {esc(text)}{more}</p>'

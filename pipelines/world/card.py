@@ -6,14 +6,12 @@ A log is a list of rows, dictionaries with an "event": start, train, eval, real,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from foveal.pipelines.card_text import Row, last, show, span, table
 from foveal.pipelines.world.models import TOY, ModelSpec
 from foveal.pipelines.world.prompts import HELD_OUT_TRIPLES
 from foveal.pipelines.world.training import Recipe
 from foveal.pipelines.world.vocabulary import FIELDS
-
-Row = dict[str, Any]
 
 ONE_OBJECT = """\
 - One object. The slots of a second one exist in the vocabulary and were null throughout training.
@@ -63,7 +61,7 @@ def _facts(spec: ModelSpec, params: int) -> str:
         *[("objects", "1 or 2")] * (spec.objects > 1),
         *[(f"at {size} px", f"shift {shift:g}") for size, shift in spec.shifts],
     ]
-    return _table(("", ""), rows)
+    return table(("", ""), rows)
 
 
 def _data(spec: ModelSpec, recipe: Recipe) -> str:
@@ -80,7 +78,7 @@ def _data(spec: ModelSpec, recipe: Recipe) -> str:
 
 
 def _recipe(recipe: Recipe, rows: Sequence[Row]) -> str:
-    start, done = _last(rows, "start"), _last(rows, "done")
+    start, done = last(rows, "start"), last(rows, "done")
     return (
         f"Flow matching (velocity, unweighted), AdamW (.9, .98), peak learning rate {recipe.lr:g}, warm-up "
         f"{recipe.warmup} steps, linear decay to 2 % over the last {recipe.decay:.0%}, weight decay "
@@ -109,7 +107,7 @@ def _curve(rows: Sequence[Row]) -> str:
     names = ["seconds", "clips", "loss", *kind, *rates, "world_psnr", "jitter"]
     if not picked:
         return "No evaluation was made during training."
-    return _table(names, [[_show(row.get(name)) for name in names] for row in picked])
+    return table(names, [[show(row.get(name)) for name in names] for row in picked])
 
 
 def _metrics(rows: Sequence[Row]) -> str:
@@ -118,12 +116,11 @@ def _metrics(rows: Sequence[Row]) -> str:
     for row in rows:
         if row["event"] not in ("real", "final"):
             continue
-        ci = row["acc_all_ci95"]
         label = "real clips (upper bound)" if row["event"] == "real" else _setting(row)
-        values = [_show(row["acc_all"]), f"{ci[0]:.3f} - {ci[1]:.3f}", *(_show(row.get(n)) for n in _UNSATURATED)]
+        values = [show(row["acc_all"]), span(row["acc_all_ci95"]), *(show(row.get(n)) for n in _UNSATURATED)]
         body.append([label, str(row["n"]), *values])
     note = "Averaged weights; all six attributes right (Wilson interval), dB, fraction of the frame, degrees.\n\n"
-    return note + _table(("clips", "n", *names), body)
+    return note + table(("clips", "n", *names), body)
 
 
 def examined(spec: ModelSpec, rows: Sequence[Row]) -> str:
@@ -134,22 +131,18 @@ def examined(spec: ModelSpec, rows: Sequence[Row]) -> str:
     body = []
     for row in (row for row in rows[done:] if row["event"] in ("final", "real")):
         label = "real clips (upper bound)" if row["event"] == "real" else f"{row['steps']} steps"
-        rates = [_show(row[f"acc_{field}"]) for field in ("colour", "shape", "size", "motion", "scene")]
-        rest = [_show(row[name]) for name in ("world_psnr", "jitter", "angle_error", "displacement")]
-        intervals = [_range(row[name]) for name in ("acc_all_ci95", "acc_all_prompts_ci95")]
+        rates = [show(row[f"acc_{field}"]) for field in ("colour", "shape", "size", "motion", "scene")]
+        rest = [show(row[name]) for name in ("world_psnr", "jitter", "angle_error", "displacement")]
+        intervals = [span(row[name]) for name in ("acc_all_ci95", "acc_all_prompts_ci95")]
         where = [f"{row['group']}, {row['size']} px", label, f"{row['prompts']} x {row['seeds']}"]
-        body.append([*where, _show(row["acc_all"]), *intervals, *rates, *rest])
+        body.append([*where, show(row["acc_all"]), *intervals, *rates, *rest])
     gates = "; ".join(f"{group}: {metric} at least {least:g}" for group, metric, least in spec.gates)
     return (
         "Averaged weights, guidance 1, fixed prompts x seeds. An attribute is right if every object asked for has it. Wilson's "
         "interval over clips takes them as independent; the one over prompts is a bootstrap and shrinks to a point at 1. "
-        f"Travel is the displacement of what moves.\n\n{_table(('prompts', 'clips', 'n', *names), body)}\n\n"
+        f"Travel is the displacement of what moves.\n\n{table(('prompts', 'clips', 'n', *names), body)}\n\n"
         f"Gates, at {spec.size} px: {gates}."
     )
-
-
-def _range(interval: Sequence[float] | None) -> str:
-    return "-" if interval is None else f"{interval[0]:.3f} - {interval[1]:.3f}"
 
 
 _UNSATURATED = ("world_psnr", "jitter", "angle_error")
@@ -160,22 +153,5 @@ def _setting(row: Row) -> str:
     return f"{kind}, {row['steps']} steps, guidance {row['guidance']:g}"
 
 
-def _last(rows: Sequence[Row], event: str) -> Row:
-    return next((row for row in reversed(rows) if row["event"] == event), {})
-
-
-def _show(value: Any) -> str:
-    if value is None or value != value:
-        return "-"
-    if isinstance(value, str):
-        return value
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
 def _times(values: Sequence[int]) -> str:
     return " x ".join(map(str, values))
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -10,9 +10,6 @@ Notable choices
 
 from __future__ import annotations
 
-import json
-import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from foveal.pipelines.training_state import MOMENTS, plain, read, require_recipe, restore_moments, write
 from foveal.pipelines.world.export import FILES
-from foveal.pipelines.world.training import Recipe, Trainer
+from foveal.pipelines.world.training import Trainer
 
-STATE = "state.json"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 SHARD = 15 * 2**20
 COMPACT = {"ema": torch.float16, "exp_avg": torch.bfloat16, "exp_avg_sq": torch.bfloat16}
 
@@ -43,12 +39,7 @@ def save(trainer: Trainer, folder: Path, *, compact: bool = False, **facts: Any)
     loss = None if trainer.loss is None else trainer.loss.item()
     losses = {str(size): value.item() for size, value in trainer.losses.items()}
     record = {"files": files, "step": trainer.step, "clips": trainer.clips, "loss": loss, "losses": losses}
-    part = folder / f"{STATE}.part"
-    part.write_text(json.dumps({**record, "recipe": _plain(trainer.recipe), **facts}), encoding="utf-8")
-    os.replace(part, folder / STATE)
-    for old in folder.glob("state-*.safetensors"):
-        if old.name not in files:
-            old.unlink()
+    write(folder, {**record, "recipe": plain(trainer.recipe), **facts}, files, "state-*.safetensors")
 
 
 def _write_tensors(tensors: dict[str, Tensor], stem: Path, limit: int | None) -> list[str]:
@@ -68,34 +59,18 @@ def _write_tensors(tensors: dict[str, Tensor], stem: Path, limit: int | None) ->
     return names
 
 
-def _plain(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as JSON gives it back."""
-    return json.loads(json.dumps(asdict(recipe)))
-
-
 def resume(trainer: Trainer, folder: Path) -> dict[str, Any]:
     """Continue where `save` left off.  -> the record, with the facts given to `save`
 
     Raises ValueError if there is no checkpoint or it belongs to another recipe.
     """
     record, tensors = _read(folder)
-    recipe = _plain(trainer.recipe)
-    if record["recipe"] != recipe:
-        other = [key for key, value in recipe.items() if record["recipe"].get(key) != value]
-        raise ValueError(f"the checkpoint in {folder} has other {', '.join(other)}: resume with the same options.")
+    require_recipe(record, trainer.recipe, folder)
     trainer.put(_part(tensors, "weight"))
     averages = _part(tensors, "ema")
     trainer.ema = {name: averages[name].float().to(trainer.device) for name in trainer.named}
     moments = {moment: _part(tensors, moment) for moment in MOMENTS}
-    names = {id(p): name for name, p in trainer.named.items()}
-    order = [names[id(p)] for group in trainer.optimizer.param_groups for p in group["params"]]
-    state = trainer.optimizer.state_dict()
-    state["state"] = {
-        i: {"step": torch.tensor(float(record["step"])), **{m: moments[m][name].float() for m in MOMENTS}}
-        for i, name in enumerate(order)
-        if name in moments[MOMENTS[0]]
-    }
-    trainer.optimizer.load_state_dict(state)
+    restore_moments(trainer.optimizer, trainer.named, moments, record["step"])
     trainer.step, trainer.clips = record["step"], record["clips"]
     trainer.loss = None if record["loss"] is None else torch.tensor(record["loss"], device=trainer.device)
     trainer.losses = {int(k): torch.tensor(value, device=trainer.device) for k, value in record["losses"].items()}
@@ -115,16 +90,8 @@ def start_from(trainer: Trainer, folder: Path) -> None:
     trainer.ema = {name: p.detach().clone() for name, p in trainer.named.items()}
 
 
-def exists(folder: Path) -> bool:
-    return (folder / STATE).is_file()
-
-
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not exists(folder):
-        raise ValueError(
-            f"there is no checkpoint in {folder}: it should hold {STATE}; start without --resume or --init."
-        )
-    record = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    record = read(folder, "--resume or --init")
     tensors: dict[str, Tensor] = {}
     for name in record["files"]:
         tensors |= load_file(folder / name)

@@ -7,13 +7,13 @@ Notable choices
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from foveal.pipelines.statistics import wilson
 from foveal.pipelines.world.flow import sample, seeded_noise, sigma_schedule, velocity
 from foveal.pipelines.world.models import ModelSpec, build_transformer
 from foveal.pipelines.world.prompts import draw_attributes
@@ -27,23 +27,15 @@ NOISE_SEED = 1000
 FORWARD_PROMPT = "a large blue ring standing still on a black plain background"
 
 
-def wilson(right: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson score interval of `right` successes out of n (95 % by default)."""
-    p, spread = right / n, z * z / n
-    middle = (p + spread / 2) / (1 + spread)
-    half = z * math.sqrt(p * (1 - p) / n + spread / (4 * n)) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
 def summarise(reading: Reading, scenes: Sequence[Scene]) -> dict[str, Any]:
     """Means over clips: acc_*, acc_all's interval, world_psnr (dB), jitter, angle_error (degrees, moving objects),
     displacement (of moving objects), all rounded."""
     rates = {name: value.mean().item() for name, value in score(reading, scenes).items()}
-    low, high = wilson(rates["acc_all"] * len(scenes), len(scenes))
+    interval = wilson(rates["acc_all"] * len(scenes), len(scenes))
     return {
         "n": len(scenes),
         **{name: round(value, 4) for name, value in rates.items()},
-        "acc_all_ci95": [round(low, 4), round(high, 4)],
+        "acc_all_ci95": [round(end, 4) for end in interval.to_list()],
         "world_psnr": round(reading.world_psnr.mean().item(), 2),
         "jitter": round(reading.jitter.mean().item(), 5),
         "angle_error": round(direction_error(reading, scenes).nanmean().item(), 3),
@@ -70,7 +62,7 @@ def evaluate(
     for start in range(0, n, batch):
         chunk = attributes[start : start + batch]
         seeds = range(NOISE_SEED + start, NOISE_SEED + start + len(chunk))
-        noise = seeded_noise(seeds, spec.transformer["in_channels"], spec.frames, spec.size).to(device)
+        noise = seeded_noise(seeds, *spec.latents(spec.size)).to(device)
         ids = word_ids(chunk).to(device)
         parts.append(
             sample(model, text, ids, noise, steps=steps, shift=spec.shift, guidance=guidance, bf16=bf16),

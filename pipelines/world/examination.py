@@ -91,7 +91,7 @@ def _sample(
     parts = []
     for start in range(0, len(ids), batch):
         rows = [min(i, len(ids) - 1) for i in range(start, start + batch)]
-        noise = seeded_noise([seeds[i] for i in rows], spec.transformer["in_channels"], spec.frames, size).to(device)
+        noise = seeded_noise([seeds[i] for i in rows], *spec.latents(size)).to(device)
         clips = sample(model, text, ids[rows], noise, steps=steps, shift=spec.sizes[size], bf16=bf16)
         parts.append(clips[: len(ids) - start])
     return torch.cat(parts)

@@ -1,5 +1,6 @@
 """A trained model as a folder: config.json, model.safetensors, text.safetensors (README.md is written by `card`).
- Weights are fp16; config.json carries the architecture, the clip, the sampler, the vocabulary and each file's
+
+Weights are fp16; config.json carries the architecture, the clip, the sampler, the vocabulary and each file's
 SHA-256, and is all that `foveal.pipelines.shipped.load` needs.
 """
 
@@ -24,16 +25,19 @@ def export(folder: Path, spec: ModelSpec, weights: dict[str, Tensor]) -> dict[st
 
     weights: any float dtype, names start with "model." or "text.".  -> the config written
     """
+    return write_config(folder, spec, write_weights(folder, weights))
+
+
+def write_weights(folder: Path, weights: dict[str, Tensor]) -> int:
+    """Write the weight files.  -> parameters of the network"""
     folder.mkdir(parents=True, exist_ok=True)
     half = {key: value.detach().half().contiguous().cpu() for key, value in weights.items()}
     model = {key.removeprefix("model."): value for key, value in half.items() if key.startswith("model.")}
-    save_file(model, folder / FILES[0], {"format": "pt"})
-    save_file(
-        {key: value for key, value in half.items() if key.startswith("text.")}, folder / FILES[1], {"format": "pt"}
-    )
-    for name in FILES:
+    text = {key: value for key, value in half.items() if key.startswith("text.")}
+    for name, tensors in zip(FILES, (model, text), strict=True):
+        save_file(tensors, folder / name, {"format": "pt"})
         (folder / name).chmod(0o644)
-    return write_config(folder, spec, sum(value.numel() for value in model.values()))
+    return sum(value.numel() for value in model.values())
 
 
 def write_config(folder: Path, spec: ModelSpec, params: int) -> dict[str, Any]:

@@ -12,7 +12,9 @@ B clips, T frames, S height = width; latents are [B, 3, T, S, S] in about [-1, 1
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,15 +51,14 @@ def draw_sigmas(batch: int, shift: float, high: float, generator: torch.Generato
     return torch.where(torch.rand(batch, generator=generator, device=device) < high, noisy, sigma)
 
 
-def seeded_noise(seeds: Sequence[int], channels: int, frames: int, size: int) -> Tensor:
-    """Standard normal noise on the CPU, sample b from `seeds[b]` alone.  -> [B, C, T, S, S] fp32"""
-    shape = (channels, frames, size, size)
+def seeded_noise(seeds: Sequence[int], *shape: int) -> Tensor:
+    """Standard normal noise on the CPU, sample b of that shape from `seeds[b]` alone.  -> [B, *shape] fp32"""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 @torch.no_grad()
-def sample(
-    model: nn.Module,
+def euler(
+    network: Callable[[Tensor, Tensor, Tensor], Tensor],
     text: nn.Module,
     ids: Tensor,
     noise: Tensor,
@@ -66,22 +67,29 @@ def sample(
     shift: float,
     guidance: float = 1.0,
     bf16: bool = False,
+    clock: float = 1.0,
 ) -> Tensor:
-    """Euler sampling.  ids [B, 10], noise [B, 3, T, S, S] -> frames [B, T, 3, S, S] in [0, 1]
+    """Euler sampling from noise [B, ...] and word ids [B, L].  -> latents, the shape of noise
 
-    `bf16` runs the network under autocast. Guidance 1 costs one forward a step, anything else two.
+    network(x, time [B], encoding) gives the velocity; its time is sigma x `clock`. `bf16` runs it under autocast. Guidance 1
+    costs one forward a step, anything else two.
     """
     x, sigma = noise, sigma_schedule(steps, shift)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
         cond, null = text(ids), text(torch.zeros_like(ids))
         for i in range(steps):
-            t = torch.full((len(ids),), sigma[i] * 1000, device=x.device)
-            v = velocity(model, x, t, cond).float()
+            time = torch.full((len(ids),), sigma[i] * clock, device=x.device)
+            v = network(x, time, cond).float()
             if guidance != 1:
-                v_null = velocity(model, x, t, null).float()
+                v_null = network(x, time, null).float()
                 v = v_null + guidance * (v - v_null)
             x = x + (sigma[i + 1] - sigma[i]) * v
-    return to_frames(x)
+    return x
+
+
+def sample(model: nn.Module, text: nn.Module, ids: Tensor, noise: Tensor, **settings: Any) -> Tensor:
+    """`euler` with its settings.  ids [B, 10], noise [B, 3, T, S, S] -> frames [B, T, 3, S, S] in [0, 1]"""
+    return to_frames(euler(partial(velocity, model), text, ids, noise, clock=1000, **settings))
 
 
 def velocity(model: nn.Module, x: Tensor, timestep: Tensor, encoding: Tensor) -> Tensor:

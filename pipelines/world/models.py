@@ -45,6 +45,10 @@ class ModelSpec:
         """Trained sizes and their shifts."""
         return dict(self.shifts) or {self.size: self.shift}
 
+    def latents(self, size: int) -> tuple[int, int, int, int]:
+        """Shape [3, T, S, S] of one clip of that size."""
+        return self.transformer["in_channels"], self.frames, size, size
+
     @property
     def grid(self) -> tuple[int, int, int]:
         """Token grid (T, H, W)."""
@@ -110,15 +114,20 @@ MODELS: dict[str, ModelSpec] = {
 
 def build_transformer(config: dict[str, Any], kind: str = "auto") -> Any:
     """A fresh transformer. kind: "stock" (diffusers), "twin" (plain torch) or "auto" (stock if installed)."""
-    if kind not in ("auto", "stock", "twin"):
-        raise ValueError(f"transformer kind {kind!r} is unknown: use 'auto', 'stock' or 'twin'.")
-    if kind == "stock" or (kind == "auto" and importlib.util.find_spec("diffusers") is not None):
+    if wants_stock(kind):
         from diffusers import WanTransformer3DModel
 
         return WanTransformer3DModel(**config)
     from foveal.pipelines.world.twin import WanTwin
 
     return WanTwin(**config)
+
+
+def wants_stock(kind: str) -> bool:
+    """Whether "stock", "twin" or "auto" means diffusers' own class here."""
+    if kind not in ("auto", "stock", "twin"):
+        raise ValueError(f"transformer kind {kind!r} is unknown: use 'auto', 'stock' or 'twin'.")
+    return kind == "stock" or (kind == "auto" and importlib.util.find_spec("diffusers") is not None)
 
 
 def count_parameters(model: nn.Module) -> int:

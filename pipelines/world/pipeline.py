@@ -29,7 +29,8 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from foveal.pipelines.errors import UserError
-from foveal.pipelines.world.flow import seeded_noise, to_frames
+from foveal.pipelines.slot_table import SlotTable
+from foveal.pipelines.world import flow
 from foveal.pipelines.world.text import TextTable
 from foveal.pipelines.world.vocabulary import require_objects
 
@@ -57,6 +58,7 @@ class WorldPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text->transformer"  # type: ignore[assignment]
+    layout = "[B, 3, T, S, S]"  # of the latents
 
     transformer: Any  # WanTransformer3DModel; diffusers types its configs as plain dictionaries
     text: TextTable
@@ -76,13 +78,17 @@ class WorldPipeline(DiffusionPipeline):
         shifts: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
+        config = {"frames": frames, "size": size, "steps": steps, "guidance": guidance, "objects": objects}
+        self._set_up(transformer, text, scheduler, **config, shifts=shifts or {})
+
+    def _set_up(self, transformer: Any, text: SlotTable, scheduler: Any, **config: Any) -> None:
+        """Components, config and the state of a call."""
         self.register_modules(transformer=transformer, text=text, scheduler=scheduler)
-        self.register_to_config(frames=frames, size=size, steps=steps, guidance=guidance)
-        self.register_to_config(objects=objects, shifts=shifts or {})
+        self.register_to_config(**config)
         self._own_shift = scheduler.shift
         self._current_timestep: Tensor | None = None
         self._num_timesteps = 0
-        self._guidance_scale = guidance
+        self._guidance_scale = config["guidance"]
 
     @property
     def current_timestep(self) -> Tensor | None:
@@ -125,17 +131,35 @@ class WorldPipeline(DiffusionPipeline):
         seeds, bad steps, guidance, seeds, latents, clip or output type.
         """
         frames, size = self._clip(frames, size)
+        shape = (self.transformer.config.in_channels, frames, size, size)
+        request = (prompts, seeds, steps, guidance, latents, callback_on_step_end, output_type)
+        video, last = self._sample(*request, shape=shape)
+        return WorldOutput(frames=video, latents=last)
+
+    def _sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        steps: int | None,
+        guidance: float | None,
+        latents: Tensor | None,
+        callback: StepCallback | None,
+        output_type: str,
+        *,
+        shape: tuple[int, ...],
+    ) -> tuple[Tensor | np.ndarray, Tensor]:
+        """A whole call. shape: of one sample's latents.  -> (what was asked for, the latents)"""
         steps, guidance = self._sampler(steps, guidance)
         _check_request(prompts, seeds, output_type)
         self.check_prompts(prompts)
         device = self._execution_device
-        x = self._start(latents, seeds, frames, size).to(device)
-        cond, null = self._encode(prompts, guidance)
-        self._set_schedule(steps, device, size)
-        x = self._denoise(x, cond, null, guidance, callback_on_step_end)
+        x = self._start(latents, seeds, shape).to(device)
+        cond, null = self._encode(prompts, guidance, shape[-1])
+        self._set_schedule(steps, device, shape[-1])
+        x = self._denoise(x, cond, null, guidance, callback)
         self.maybe_free_model_hooks()
-        video = x if output_type == "latent" else to_frames(x)
-        return WorldOutput(frames=video.cpu().numpy() if output_type == "np" else video, latents=x)
+        pixels = x if output_type == "latent" else self._pixels(x)
+        return (pixels.cpu().numpy() if output_type == "np" else pixels), x
 
     @torch.no_grad()
     def velocity(
@@ -148,17 +172,17 @@ class WorldPipeline(DiffusionPipeline):
     ) -> Tensor:
         """The velocity at one given point of a sampling path, for teacher-forced comparisons.
 
-        latents [B, 3, T, S, S] at the noise level of `step` (from 0) of a path of `steps`.  -> same shape, fp32
+        latents, as a call returns them, at the noise level of `step` (from 0) of a path of `steps`.  -> same shape, fp32
         """
         steps, guidance = self._sampler(steps, guidance)
         if not 0 <= step < steps:
             raise UserError(f"step {step} is outside a path of {steps} steps: use 0 to {steps - 1}.")
         self.check_prompts(prompts)
-        if latents.ndim != 5 or len(latents) != len(prompts):
-            raise UserError(f"latents {tuple(latents.shape)} do not fit {len(prompts)} prompts: pass [B, 3, T, S, S].")
+        if latents.ndim != self.layout.count(",") + 1 or len(latents) != len(prompts):
+            raise UserError(f"latents {tuple(latents.shape)} do not fit {len(prompts)} prompts: pass {self.layout}.")
         device = self._execution_device
         self._set_schedule(steps, device, latents.shape[-1])
-        cond, null = self._encode(prompts, guidance)
+        cond, null = self._encode(prompts, guidance, latents.shape[-1])
         return self._predict(latents.to(device), step, cond, null, guidance)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
@@ -191,10 +215,16 @@ class WorldPipeline(DiffusionPipeline):
     def _sigma(self, i: int) -> float:
         return self._sigmas[i]
 
-    def _encode(self, prompts: Sequence[str], guidance: float) -> tuple[Tensor, Tensor | None]:
+    def _encode(self, prompts: Sequence[str], guidance: float, size: int) -> tuple[Tensor, Tensor | None]:
         self._guidance_scale = guidance
-        cond = self.text.encode(prompts)
+        cond = self._words(prompts, size)
         return cond, self.text.null(len(prompts)) if guidance != 1 else None
+
+    def _words(self, prompts: Sequence[str], size: int) -> Tensor:
+        return self.text.encode(prompts)
+
+    def _pixels(self, latents: Tensor) -> Tensor:
+        return flow.to_frames(latents)
 
     def _predict(self, x: Tensor, i: int, cond: Tensor, null: Tensor | None, guidance: float) -> Tensor:
         """Guided velocity at step i, fp32."""
@@ -209,16 +239,14 @@ class WorldPipeline(DiffusionPipeline):
             self._current_timestep = None
 
     def _branch(self, name: str, x: Tensor, i: int, timestep: Tensor, encoding: Tensor) -> Tensor:
-        dtype = self.transformer.dtype
-        place = {"step_index": i, "sigma": self._sigma(i), "num_inference_steps": self._num_timesteps}
+        place: dict[str, Any] = {"step_index": i, "sigma": self._sigma(i), "num_inference_steps": self._num_timesteps}
         with self.transformer.cache_context(name, **place):
-            out = self.transformer(
-                hidden_states=x.to(dtype),
-                timestep=timestep.expand(len(x)),
-                encoder_hidden_states=encoding.to(dtype),
-                return_dict=False,
-            )
-        return out[0].float()
+            return self._network(x, timestep.expand(len(x)), encoding).float()
+
+    def _network(self, x: Tensor, timestep: Tensor, encoding: Tensor) -> Tensor:
+        """One network call.  timestep [B] -> the shape of x"""
+        dtype = self.transformer.dtype
+        return flow.velocity(self.transformer, x.to(dtype), timestep, encoding.to(dtype))
 
     def _sampler(self, steps: int | None, guidance: float | None) -> tuple[int, float]:
         steps = self.config["steps"] if steps is None else steps
@@ -244,13 +272,12 @@ class WorldPipeline(DiffusionPipeline):
             )
         return frames, size
 
-    def _start(self, latents: Tensor | None, seeds: Sequence[int], frames: int, size: int) -> Tensor:
-        channels = self.transformer.config.in_channels
+    def _start(self, latents: Tensor | None, seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
         if latents is None:
-            return seeded_noise(seeds, channels, frames, size)
-        expected = (len(seeds), channels, frames, size, size)
+            return flow.seeded_noise(seeds, *shape)
+        expected = (len(seeds), *shape)
         if tuple(latents.shape) != expected:
-            raise UserError(f"latents have shape {tuple(latents.shape)}, but {expected} is needed: [B, 3, T, S, S].")
+            raise UserError(f"latents have shape {tuple(latents.shape)}, but {expected} is needed: {self.layout}.")
         return latents.float()
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from foveal.pipelines.world.flow import draw_sigmas, to_latents, velocity
 from foveal.pipelines.world.prompts import draw_attributes
 from foveal.pipelines.world.render import render
+from foveal.pipelines.world.replay import Replay
 from foveal.pipelines.world.vocabulary import word_ids
 
 FLOOR = 0.02  # last learning rate, relative to the peak
@@ -122,9 +123,13 @@ class Trainer:
 
     Attributes: step (steps done), clips (clips seen), loss (smoothed, 0-d tensor or None), losses (the same of each
     size), named (parameters by name, "model." or "text."), ema (their average, same order), optimizer.
+    recorded: replay steps as CUDA graphs (`replay.py`); on a GPU only.
     """
 
-    def __init__(self, model: nn.Module, text: nn.Module, recipe: Recipe, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, text: nn.Module, recipe: Recipe, device: torch.device, recorded: bool = False
+    ) -> None:
+        self.recorded, self._replays = recorded, dict[tuple[int, int], Replay]()
         self.model, self.text, self.recipe, self.device = model.to(device), text.to(device), recipe, device
         self.named = {f"model.{name}": p for name, p in model.named_parameters()}
         self.named |= {f"text.{name}": p for name, p in text.named_parameters()}
@@ -142,17 +147,21 @@ class Trainer:
     def train_step(self, progress: float) -> Tensor:
         """One step.  -> its loss, 0-d, not synchronised"""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.recipe, self.step, progress)
+            self._set_rate(group, learning_rate(self.recipe, self.step, progress))
         shape, pairs = self.recipe.at(progress, self.step)
-        loss = self._loss(shape, pairs)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        parameters = list(self.named.values())
-        nn.utils.clip_grad_norm_(parameters, self.recipe.clip)
-        self.optimizer.step()
+        batch = self.draw(shape, pairs)
+        if self.recorded and self.step:
+            key = shape.size, shape.batch
+            if key not in self._replays:
+                self._replays[key] = Replay(self.objective, self._advance, batch, list(self.named.values()))
+            loss = self._replays[key](batch).clone()
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = self.objective(*batch)
+            self._advance(loss)
+            loss = loss.detach()
         keep = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in parameters], 1 - keep)
-        loss = loss.detach()
+        torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.named.values()], 1 - keep)
         self.loss = _smoothed(self.loss, loss)
         self.losses[shape.size] = _smoothed(self.losses.get(shape.size), loss)
         self.step += 1
@@ -175,18 +184,33 @@ class Trainer:
         for name, p in self.named.items():
             p.copy_(weights[name])
 
-    def _loss(self, shape: Shape, pairs: float) -> Tensor:
+    def draw(self, shape: Shape, pairs: float) -> tuple[Tensor, ...]:
+        """The data of this step: clean latents, word ids, noise levels, noise."""
         recipe, rng, device, batch = self.recipe, self.generator, self.device, shape.batch
         rng.manual_seed(recipe.seed * 1_000_003 + self.step)
         attributes = draw_attributes(batch, rng, pairs=pairs)
         x0 = to_latents(render(attributes, recipe.frames, shape.size, rng, recipe.world))
         ids = word_ids(attributes) * (torch.rand(batch, 1, generator=rng, device=device) >= recipe.dropout)
         sigma = draw_sigmas(batch, shape.shift, recipe.high, rng)
-        noise = torch.randn(x0.shape, generator=rng, device=device)
+        return x0, ids, sigma, torch.randn(x0.shape, generator=rng, device=device)
+
+    def objective(self, x0: Tensor, ids: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+        """The loss of a drawn batch."""
         level = sigma.view(-1, 1, 1, 1, 1)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             v = velocity(self.model, (1 - level) * x0 + level * noise, sigma * 1000, self.text(ids))
         return (v.float() - (noise - x0)).pow(2).mean()
+
+    def _advance(self, loss: Tensor) -> None:
+        loss.backward()
+        nn.utils.clip_grad_norm_(list(self.named.values()), self.recipe.clip)
+        self.optimizer.step()
+
+    def _set_rate(self, group: dict[str, Any], rate: float) -> None:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
     def _optimizer(self) -> torch.optim.AdamW:
         free = [n for n, p in self.named.items() if p.ndim < 2 or "table" in n or n.startswith("text.")]
@@ -194,7 +218,9 @@ class Trainer:
             {"params": [p for n, p in self.named.items() if n not in free], "weight_decay": self.recipe.weight_decay},
             {"params": [self.named[n] for n in free], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=self.recipe.lr, betas=(0.9, 0.98), fused=self.device.type == "cuda")
+        rate: Any = torch.tensor(self.recipe.lr, device=self.device) if self.recorded else self.recipe.lr
+        on_gpu = self.device.type == "cuda"
+        return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=on_gpu, capturable=self.recorded)
 
 
 def _smoothed(old: Tensor | None, new: Tensor) -> Tensor:

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,6 +27,7 @@ from foveal.plugins.diffusers_host.roles import MOTION, left_alone, roles_of
 from foveal.plugins.diffusers_host.root_hook import Frame, Tracker, follow
 from foveal.plugins.method import Method
 from foveal.plugins.record import Record
+from foveal.plugins.running import select
 
 KEY = "_foveal"
 
@@ -154,29 +154,8 @@ def choose_layers(
     if not of_role:
         seen = ", ".join(sorted(set(found.values()))) or "no attention at all"
         raise AccelerateError(f"{where} has no attention layers of the roles {', '.join(roles)}; it has: {seen}.")
-    chosen = _select(of_role, layers)
-    if not chosen:
-        names = ", ".join(name for name, _ in of_role[:3])
-        raise AccelerateError(
-            f"layers={layers!r} selects none of the {len(of_role)} attention layers of {where} ({names}, ...)."
-        )
-    return chosen
-
-
-def _select(found: list[tuple[str, str]], layers: Layers) -> list[tuple[str, str]]:
-    if layers is None:
-        return found
-    if callable(layers):
-        return [item for item in found if layers(item[0])]
-    wanted: list[int | str] = [layers] if isinstance(layers, str) else list(layers)
-    indices = {int(i) for i in wanted if not isinstance(i, str)}
-    if any(not -len(found) <= i < len(found) for i in indices):
-        raise AccelerateError(f"layers={layers!r} names a layer outside 0 to {len(found) - 1}.")
-    indices = {i % len(found) for i in indices}
-    patterns = [p for p in wanted if isinstance(p, str)]
-    return [
-        item for i, item in enumerate(found) if i in indices or any(fnmatch.fnmatchcase(item[0], p) for p in patterns)
-    ]
+    chosen = set(select([name for name, _ in of_role], layers, where))
+    return [(name, role) for name, role in of_role if name in chosen]
 
 
 def set_processor(module: Any, processor: Any) -> None:

@@ -11,7 +11,7 @@ from foveal.plugins.accelerate import AccelerateError, Layers
 from foveal.plugins.diffusers_host import private
 from foveal.plugins.diffusers_host.attach import Attachment, attached
 from foveal.plugins.diffusers_host.scheduler import SchedulerFollower
-from foveal.plugins.handle import Handle, settings_of
+from foveal.plugins.handle import Handle
 from foveal.plugins.method import Method
 
 COMPONENTS = ("transformer", "transformer_2", "unet")
@@ -20,19 +20,8 @@ COMPONENTS = ("transformer", "transformer_2", "unet")
 def open_handle(target: Any, method: Method, *, layers: Layers = None, roles: Sequence[str] | None = None) -> Handle:
     """Enter every denoiser of a pipeline, or one model; all or nothing."""
     private.require_contract()
-    handle = Handle(method, {})
-    found = [Attachment(model, component, method, handle.record) for component, model in parts(target)]
-    for attachment in found:
-        attachment.choose(layers, tuple(method.roles if roles is None else roles))
-    try:
-        for attachment in found:
-            attachment.handle = handle
-            handle.attachments.append(attachment)
-            attachment.enter()
-    except BaseException:
-        handle.remove()
-        raise
-    handle.settings = settings_of(handle, layers, roles)
+    handle = Handle(method)
+    handle.enter([Attachment(model, name, method, handle.record) for name, model in parts(target)], layers, roles)
     if private.is_pipeline(target):
         follower = SchedulerFollower(target, handle.attachments)
         handle.undo.append(follower.remove)

@@ -9,10 +9,8 @@ Letters: B batch, H heads, N query tokens, M key tokens, D head dim. diffusers' 
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +19,7 @@ from torch import Tensor
 from foveal.plugins.clock import start_clock, stop_clock
 from foveal.plugins.diffusers_host.grid import UNKNOWN, Layout
 from foveal.plugins.diffusers_host.root_hook import Frame
+from foveal.plugins.in_graphs import ticket_of
 from foveal.plugins.method import Method
 from foveal.plugins.order import by
 from foveal.plugins.record import LayerRecord, Record
@@ -28,10 +27,6 @@ from foveal.plugins.running import NOTHING_LEFT_OUT, Result, run_method
 from foveal.plugins.site import MethodError, Site, Span, State
 
 Dense = Callable[["Core"], Tensor]
-
-# Layers by ticket, for the operator that stands for them in compiled graphs: a graph can carry a number, not an object.
-LIVE: MutableMapping[int, Layer] = weakref.WeakValueDictionary()
-_TICKETS = count()
 
 
 class Core(NamedTuple):
@@ -66,9 +61,7 @@ class Layer:
 
     def __post_init__(self) -> None:
         self.layer_id = torch.tensor(self.index)
-        ticket = next(_TICKETS)
-        self.ticket = torch.tensor(ticket)
-        LIVE[ticket] = self
+        self.ticket = ticket_of(self)
 
     def attend(self, core: Core) -> Tensor:
         """-> [B, N, H, D]"""

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from foveal.plugins.diffusers_host.grid import Layout, nothing
-from foveal.plugins.diffusers_host.layer import LIVE, Layer
+from foveal.plugins.diffusers_host.layer import Layer
 from foveal.plugins.diffusers_host.root_hook import Binder
 from foveal.plugins.diffusers_host.structure import parameters_of
+from foveal.plugins.in_graphs import layers_of
 
 INPUT = "hidden_states"
 
@@ -61,7 +62,7 @@ def _tell(layers: Sequence[Layer], x: Tensor | None, frames: int | None) -> None
 @torch.library.custom_op("foveal::tell_level", mutates_args=())
 def tell_in_graph(x: Tensor, frames: int | None, tickets: Tensor) -> Tensor:
     """A copy of x, made after the layers with these tickets know its grid."""
-    _tell([LIVE[ticket] for ticket in tickets.tolist()], x, frames)
+    _tell(layers_of(tickets), x, frames)
     return x.clone()
 
 

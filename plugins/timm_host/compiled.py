@@ -1,22 +1,18 @@
-"""The operator that stands for an accelerated layer in a compiled graph.
+"""The operator that stands for an accelerated layer in a compiled graph (``foveal.plugins.in_graphs`` says what it may rely on).
 
 Letters: B batch, H heads, Hkv key heads, N tokens, D head dim.
 
-* It takes the layer's ticket as a 0-d CPU tensor: a number in traced code would compile once per layer.
-* Inside, the layer runs as it does without a compiler. Where blocks are compiled one by one, the root has run outside and knows the
-  call; where the whole model is one graph, rows, columns and prefix come with the operator.
-* Its backward computes the call again with gradients, as gradient checkpointing does; state and record stay as they were.
+* Where blocks are compiled one by one, the root has run outside and knows the call; where the whole model is one graph, rows,
+  columns and prefix come with the operator.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from foveal.plugins.in_graphs import differentiate, gradients, layers_of
 from foveal.plugins.timm_host.frame import Frame, Group
-from foveal.plugins.timm_host.layer import LIVE
 from foveal.plugins.timm_host.restated import Core, dense
 
 
@@ -25,7 +21,8 @@ def _attend(
 ) -> Tensor:
     core = Core(q, k, v, mask, scale)
     traced = Frame((Group((plane[0], plane[1])),), plane[2]) if plane else None
-    out = LIVE[int(ticket)].attend(core, traced)
+    (layer,) = layers_of(ticket)
+    out = layer.attend(core, traced)
     return dense(core) if out is None else out
 
 
@@ -42,40 +39,12 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ticket: Tensor, scal
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, mask, ticket, ctx.scale, ctx.plane = inputs
-    ctx.save_for_backward(q, k, v, mask, ticket)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, mask, ticket = ctx.saved_tensors
-    grads = attend_backward(grad, q, k, v, mask, ticket, ctx.scale, ctx.plane)
-    return (*grads, None, None, None, None)
-
-
-attend_in_graph.register_autograd(_backward, setup_context=_setup)
-
-
 @torch.library.custom_op("foveal::attend_in_vit_backward", mutates_args=())
 def attend_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ticket: Tensor, scale: float, plane: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad [B, N, H, D] -> gradients of q, k, v, contiguous"""
-    with _autograd_inside_an_operator(), torch.enable_grad():
-        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-        out = _attend(q, k, v, mask, ticket, scale, plane)
-        dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad.transpose(1, 2))
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+    return gradients(lambda q, k, v: _attend(q, k, v, mask, ticket, scale, plane), q, k, v, grad.transpose(1, 2))
 
 
-@attend_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _autograd_inside_an_operator() -> Any:
-    """Operators run below autograd; this lets one differentiate inside itself."""
-    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-    for name in ("AutogradFunctionality", "AutogradOther", "AutogradCPU", "AutogradCUDA", "ADInplaceOrView"):
-        exclude = exclude.remove(getattr(torch._C.DispatchKey, name))
-    return torch._C._ForceDispatchKeyGuard(include, exclude)
+differentiate(attend_in_graph, attend_backward)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from foveal.plugins.accelerate import AccelerateError, Layers
-from foveal.plugins.handle import Handle, settings_of
+from foveal.plugins.handle import Handle
 from foveal.plugins.method import Method
 from foveal.plugins.timm_host.attach import Attachment, attached, grouped
 from foveal.plugins.timm_host.recognise import attention_modules, original_class, roots, why_not
@@ -25,19 +25,8 @@ def open_handle(
     found = roots(model)
     if not found:
         raise AccelerateError(_no_root(model))
-    handle = Handle(method, {})
-    attachments = [Attachment(root, name, method, handle.record) for name, root in found.items()]
-    for attachment in attachments:
-        attachment.choose(layers, tuple(method.roles if roles is None else roles))
-    try:
-        for attachment in attachments:
-            attachment.handle = handle
-            handle.attachments.append(attachment)
-            attachment.enter()
-    except BaseException:
-        handle.remove()
-        raise
-    handle.settings = settings_of(handle, layers, roles)
+    handle = Handle(method)
+    handle.enter([Attachment(root, name, method, handle.record) for name, root in found.items()], layers, roles)
     return handle
 
 

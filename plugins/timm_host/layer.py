@@ -10,16 +10,14 @@ Letters: B batch, H heads, N tokens (prefix first), D head dim.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import MutableMapping
 from dataclasses import dataclass, field
-from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from foveal.plugins.clock import start_clock, stop_clock
+from foveal.plugins.in_graphs import ticket_of
 from foveal.plugins.method import Method
 from foveal.plugins.order import by
 from foveal.plugins.record import LayerRecord, Record
@@ -34,10 +32,6 @@ if TYPE_CHECKING:
 MISFIT = "the sequence does not fit the token grid"
 MASK = "an attention mask"
 DROPOUT = "attention dropout"
-
-# Layers by ticket, for the operator that stands for them in compiled graphs: a graph can carry a number, not an object.
-LIVE: MutableMapping[int, Layer] = weakref.WeakValueDictionary()
-_TICKETS = count()
 
 
 @dataclass(eq=False)
@@ -58,9 +52,7 @@ class Layer:
 
     def __post_init__(self) -> None:
         self.layer_id = torch.tensor(self.index)
-        ticket = next(_TICKETS)
-        self.ticket = torch.tensor(ticket)
-        LIVE[ticket] = self
+        self.ticket = ticket_of(self)
 
     def attend(self, core: Core, traced: Frame | None = None) -> Tensor | None:
         """-> [B, H, N, D], or None where the module's own forward must do it. traced: the frame of a whole compiled model."""

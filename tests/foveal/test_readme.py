@@ -1,5 +1,9 @@
-"""The README: its Python blocks run as written, its tables are up to date, its commands exist."""
+"""The README and the pages of docs/: their Python blocks run as written, tables are up to date, commands exist.
 
+A block that imports what it uses is a whole program; one that imports nothing goes on with the reader's own pipeline.
+"""
+
+import ast
 import re
 import subprocess
 import sys
@@ -9,17 +13,28 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
 COMMANDS = re.findall(r"^foveal (\w+)", TEXT, re.M)
+BLOCKS = {
+    f"{page.name}-{number}": block
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))
+}
+PROGRAMS = {name: block for name, block in BLOCKS.items() if re.search(r"^(import|from) ", block, re.M)}
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_every_python_block_runs_as_written(number, tmp_path):
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_python_program_runs_as_written(name, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", BLOCKS[number]], cwd=tmp_path, capture_output=True, text=True, timeout=280
+        [sys.executable, "-c", PROGRAMS[name]], cwd=tmp_path, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("name", sorted(BLOCKS.keys() - PROGRAMS.keys()))
+def test_every_other_block_is_python_and_not_in_the_readme(name):
+    ast.parse(BLOCKS[name])
+    assert not name.startswith("README")
 
 
 def test_the_tables_are_drawn_from_the_data():

@@ -1,5 +1,6 @@
 """What the Hopper kernel is given: packed boxes say what boxes say, rows of a table lie where the tensor's rows lie."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from foveal.kernels.block_sparse import BlockPlan, Box, choose
+from foveal.kernels.block_sparse import BlockPlan, Box, block_sparse_attention, choose, needs
 from foveal.kernels.block_sparse.plan_forms import fields, packed_box
 from foveal.kernels.block_sparse.tiles import fill, hopper_keys, row_table
 
@@ -91,6 +92,15 @@ def test_tiles_follow_the_length_of_blocks():
 
 def test_a_cpu_is_told_why_hopper_is_skipped():
     assert "hopper skipped: it runs on cuda" in str(choose(torch.zeros(1, 1, 40, 16), plan_of()))
+
+
+def test_a_graph_being_compiled_may_ask_where_keys_lie(monkeypatch):
+    monkeypatch.setitem(needs.IMPLEMENTATIONS, "torch", dataclasses.replace(needs.IMPLEMENTATIONS["torch"], rows=True))
+    plan = plan_of()
+    call = lambda q, k, v: block_sparse_attention(q * 2, k, v, plan)  # noqa: E731
+    q, k, v = (torch.randn(1, 40, 2, 16).transpose(1, 2) for _ in range(3))
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v), call(q, k, v))
 
 
 @pytest.mark.slow

@@ -1,14 +1,24 @@
 """The demo: says first that its models are toys, runs what is installed, names what is not."""
 
+import json
+import sys
+from pathlib import Path
+
 import pytest
+import torch
 import yaml
 from tiny_world import config
 
 from foveal.pipelines import demo as demo_module
+from foveal.pipelines.bench.rows import write
 from foveal.pipelines.config import build, load
 from foveal.pipelines.demo import FIRST_LINE, demo
 from foveal.pipelines.engine import execute
 from foveal.pipelines.errors import UserError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import bench_page
+import demo as demo_bench
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,3 +83,23 @@ def test_with_no_model_at_all_the_demo_is_one_sentence(tmp_path):
     data = studies("./nowhere/else", tmp_path / "r")
     with pytest.raises(UserError, match="there is no folder"):
         execute(build(data), verb="demo")
+
+
+def test_its_figures_become_rows_and_a_table_a_study(tiny_model, tmp_path):
+    data = studies(tiny_model, tmp_path / "r")
+    small = data["studies"][1]
+    data["studies"] = [{**small, "id": "timed", "rounds": 2, "title": "Speed"}, {**small, "id": "quality"}]
+    outcome = execute(build(data), verb="demo")
+    rows = demo_bench.rows_of(outcome.folder, 12.3)
+    write(tmp_path / "results/demo.json", "demo", rows, torch.device("cpu"))
+    record = json.loads((tmp_path / "results/demo.json").read_text())
+    whole, dense, ours, *others = record["rows"]
+    assert "CPU" in record["device"] and record["rounds"] == 1 and whole["ms"] == pytest.approx(12300)
+    speed = outcome.document["studies"][0]["methods"][1]["speed"]
+    assert ours["speedup"] == pytest.approx(dense["ms"] / ours["ms"]) == pytest.approx(speed["speedup"]["end_to_end"])
+    assert ours["rounds"] == 2 and ours["ms_min"] < ours["ms_max"] and 0 < ours["density"] < 1
+    assert ours["metrics"]["psnr"]["value"] < 100 and "psnr" not in dense["metrics"]
+    assert {r["case"] for r in others} == {"quality"} and all(r["ms"] is None and "failed" not in r for r in others)
+    page = bench_page.page(tmp_path / "results")
+    assert "took 12 s" in page and f"| {ours['ms'] / 1e3:.2f} s | {ours['speedup']:.2f}x |" in page
+    assert page.count("| GRAT |") == 2 and page.count("speed-up |") == 1

@@ -10,23 +10,16 @@ import torch
 from foveal.pipelines.shipped import load
 from foveal.pipelines.train_world import main
 from foveal.pipelines.world import checkpoint
-from foveal.pipelines.world.evaluation import evaluate_real, wilson
+from foveal.pipelines.world.evaluation import evaluate_real
 from foveal.pipelines.world.examination import GROUPS, Paper, examine, examine_real, missed
 from foveal.pipelines.world.flow import draw_sigmas
 from foveal.pipelines.world.models import MODELS, build_transformer
 from foveal.pipelines.world.text import TextTable
 from foveal.pipelines.world.training import RECIPES, Shape, Trainer, learning_rate, start_from_nothing
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = ["--model", "tiny", "--eval-n", "2", "--final-n", "4", "--evals", "1"]
 TWO = ["--model", "tiny-two", "--eval-n", "2", "--final-n", "8", "--evals", "1"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def trainer(kind: str = "twin", seed: int = 0, name: str = "tiny") -> Trainer:
@@ -153,11 +146,6 @@ def test_a_quarter_of_the_noise_levels_is_high():
     usual = draw_sigmas(20_000, 1.0, 0.0, torch.Generator().manual_seed(0))
     assert sigma.min() > 0 and sigma.max() < 1
     assert ((sigma > 0.9).float().mean() - 0.75 * (usual > 0.9).float().mean()).item() == pytest.approx(0.25, abs=0.02)
-
-
-def test_wilson_matches_the_published_example():
-    assert wilson(256, 256) == pytest.approx((0.985, 1.0), abs=5e-4)
-    assert wilson(63, 64) == pytest.approx((0.917, 0.997), abs=1e-3)
 
 
 def test_real_clips_are_the_upper_bound():

@@ -1,6 +1,6 @@
 """An untrained model of the emoji world in a folder."""
 
-import torch
+from tiny_world import random_weights
 
 from foveal.pipelines.emoji.export import export
 from foveal.pipelines.emoji.models import MODELS, build_transformer
@@ -10,10 +10,7 @@ PROMPTS = ["a large fox on a mint plain background", "a small owl left of a larg
 
 
 def make_model(folder):
-    """A random transformer whose output is not zero, 16 x 16 tokens."""
-    torch.manual_seed(0)
-    network = build_transformer(MODELS["tiny"].transformer, "twin")
-    weights = {f"model.{k}": v + 0.02 * torch.randn_like(v) for k, v in network.state_dict().items()}
-    weights |= {f"text.{k}": v for k, v in TextTable(64).state_dict().items()}
-    export(folder / "tiny", MODELS["tiny"], weights)
+    """A random transformer, 16 x 16 tokens."""
+    spec = MODELS["tiny"]
+    export(folder / "tiny", spec, random_weights(lambda: build_transformer(spec.transformer, "twin"), TextTable))
     return folder / "tiny"

@@ -13,13 +13,17 @@ PROMPTS = [
 GRAT = {"name": "grat", "label": "GRAT", "knobs": {"group": [1, 4, 4], "b": 1}}
 
 
-def make_model(folder):
-    """A random transformer whose output is not zero, 4 x 4 x 4 tokens."""
+def random_weights(build, table):
+    """Weights of a network whose output is not zero, and of its text table."""
     torch.manual_seed(0)
-    network = build_transformer(MODELS["tiny"].transformer, "twin")
-    weights = {f"model.{k}": v + 0.02 * torch.randn_like(v) for k, v in network.state_dict().items()}
-    weights |= {f"text.{k}": v for k, v in TextTable(64).state_dict().items()}
-    export(folder / "tiny", MODELS["tiny"], weights)
+    weights = {f"model.{k}": v + 0.02 * torch.randn_like(v) for k, v in build().state_dict().items()}
+    return weights | {f"text.{k}": v for k, v in table(64).state_dict().items()}
+
+
+def make_model(folder):
+    """A random transformer, 4 x 4 x 4 tokens."""
+    spec = MODELS["tiny"]
+    export(folder / "tiny", spec, random_weights(lambda: build_transformer(spec.transformer, "twin"), TextTable))
     return folder / "tiny"
 
 

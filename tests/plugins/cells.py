@@ -5,9 +5,7 @@ alone gives, sparse settings run sparse wherever they run at all, ``remove()`` g
 """
 
 import copy
-import logging
 import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -31,17 +29,6 @@ class Seen:
 
     outcome: str
     reason: str = ""
-
-
-@contextmanager
-def quiet_compiler():
-    """Without the compiler's trace log, which pytest would capture and which makes compiling four times as slow."""
-    trace = logging.getLogger("torch.__trace")
-    before, trace.disabled = trace.disabled, True
-    try:
-        yield
-    finally:
-        trace.disabled = before
 
 
 @lru_cache(maxsize=64)

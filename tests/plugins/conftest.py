@@ -17,3 +17,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fresh_compiler():
+    """No graphs of other tests, and no trace log."""
+    from compiling import quiet_compiler
+
+    with quiet_compiler():
+        torch.compiler.reset()
+        yield
+        torch.compiler.reset()

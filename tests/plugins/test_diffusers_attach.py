@@ -1,7 +1,6 @@
 """Attaching changes nothing but attention, and removing restores every bit."""
 
 import copy
-import importlib.util
 
 import pytest
 import torch
@@ -13,12 +12,7 @@ from foveal.plugins.accelerate import AccelerateError, accelerate, handle_of
 from foveal.plugins.method import MethodError
 
 REQUIRED = sorted(MODELS)
-OTHERS = [
-    pytest.param(
-        n, marks=pytest.mark.skipif(n == "cosmos" and not importlib.util.find_spec("torchvision"), reason="torchvision")
-    )
-    for n in sorted(zoo.OTHERS)
-]
+OTHERS = sorted(zoo.OTHERS)
 
 
 def processors(model):

@@ -1,7 +1,5 @@
 """torch.compile: one graph per block class, the method and the record as without a compiler."""
 
-import logging
-
 import pytest
 import torch
 from fakes import Masked
@@ -10,23 +8,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from foveal.plugins.accelerate import AccelerateError, accelerate
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 GRAT_KNOBS = {"group": (1, 2, 2), "b": (1, 1, 0)}
 
 
 # Graphs the plain tiny models compile to: one per block class, and one more where the first single block gets other strides.
 # HunyuanVideo compiles its patch embedding as a block, so the permutation behind it is one small graph more.
 GRAPHS = {"wan": 1, "flux": 3, "hunyuan": 5 + 1}
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    """No graphs of other tests; and no captured trace log, which makes compiling four times as slow."""
-    trace = logging.getLogger("torch.__trace")
-    before, trace.disabled = trace.disabled, True
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-    trace.disabled = before
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))

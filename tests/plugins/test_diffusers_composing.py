@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import logging
 import warnings
 
 import diffusers as D
@@ -159,27 +158,20 @@ def small_unet():
     ).eval()  # fmt: skip
 
 
-def test_levels_of_a_compiled_unet_know_their_grid_from_the_first_call_on():
+def test_levels_of_a_compiled_unet_know_their_grid_from_the_first_call_on(fresh_compiler):
     """Also where another grid has as many tokens: 8 x 12 after 12 x 8."""
-    trace = logging.getLogger("torch.__trace")
-    before, trace.disabled = trace.disabled, True
-    torch.compiler.reset()
-    try:
-        inputs = [
-            {"sample": noise(1, 4, *size), "timestep": torch.tensor(5), "encoder_hidden_states": noise(1, 6, 16)}
-            for size in ((12, 8), (8, 12), (12, 8))
-        ]
-        model = small_unet()
-        with accelerate(model, "neighborhood", window=(1, 3, 5)):
-            eager = [run(model, one) for one in inputs]
-        compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
-        handle = accelerate(compiled, "neighborhood", window=(1, 3, 5))
-        for one, expected in zip(inputs, eager, strict=True):
-            torch.testing.assert_close(run(compiled, one), expected, atol=1e-6, rtol=1e-5)
-        assert [(row.calls, row.dense_calls) for row in handle.record.layers] == [(3, 0)] * 3
-    finally:
-        trace.disabled = before
-        torch.compiler.reset()
+    inputs = [
+        {"sample": noise(1, 4, *size), "timestep": torch.tensor(5), "encoder_hidden_states": noise(1, 6, 16)}
+        for size in ((12, 8), (8, 12), (12, 8))
+    ]
+    model = small_unet()
+    with accelerate(model, "neighborhood", window=(1, 3, 5)):
+        eager = [run(model, one) for one in inputs]
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
+    handle = accelerate(compiled, "neighborhood", window=(1, 3, 5))
+    for one, expected in zip(inputs, eager, strict=True):
+        torch.testing.assert_close(run(compiled, one), expected, atol=1e-6, rtol=1e-5)
+    assert [(row.calls, row.dense_calls) for row in handle.record.layers] == [(3, 0)] * 3
 
 
 # ---- a real second device

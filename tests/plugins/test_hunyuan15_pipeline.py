@@ -1,7 +1,5 @@
 """HunyuanVideo 1.5 as a whole: pipeline with a two-pass guider, offloading, training, adapters, compilation."""
 
-import logging
-
 import diffusers as D
 import pytest
 import torch
@@ -156,17 +154,6 @@ def test_lora_reaches_every_projection():
 
 
 # ---- compilation
-@pytest.fixture
-def fresh_compiler():
-    """No graphs of other tests; and no captured trace log, which makes compiling four times as slow."""
-    trace = logging.getLogger("torch.__trace")
-    before, trace.disabled = trace.disabled, True
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-    trace.disabled = before
-
-
 def test_regional_compilation_serves_all_layers_and_prompt_lengths(fresh_compiler):
     model, cases = model_of(), [inputs_of([(n, 2)]) for n in (4, 5, 2, 6, 3)]
     plain = CompileCounterWithBackend("eager")

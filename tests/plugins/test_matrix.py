@@ -4,7 +4,8 @@ The complete product is in test_matrix_complete.py.
 """
 
 import pytest
-from cells import observe, quiet_compiler
+from cells import observe
+from compiling import quiet_compiler
 from conditions import CONDITIONS
 from tiny_pipes import METHODS, PIPES
 

@@ -8,14 +8,8 @@ from timm_families import build, picture
 
 import foveal
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 SIZES = ((7, 9), (9, 7), (7, 9))
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def compiled(model, how):

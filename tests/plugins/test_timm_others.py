@@ -1,9 +1,11 @@
 """Models of timm that are no plain ViT: accelerated where that is right, else left as they are, with the reason in one sentence."""
 
+from functools import partial
+
 import pytest
 import timm
 import torch
-from grid_oracle import attention, window_mask
+from grid_oracle import attention, group_mask, window_mask
 from host_oracle import masked_attention, sequence_mask
 from timm_families import fingerprint, seeded
 
@@ -48,33 +50,95 @@ def test_what_cannot_be_accelerated_is_left_as_it_is_and_says_why(name):
     assert fingerprint(model) == before and foveal.handle_of(model) is None
 
 
-def stepwise_masked(model, x, mask):
-    """ConViT computes its softmax step by step, so the oracle stands in for the forward of its plain layers."""
-    plain = [block.attn for block in model.blocks if type(block.attn).__name__ == "MHSA"]
-    for attn in plain:
+HALOS = ("eca_halonext26ts", "halo2botnet50ts_256", "halonet26t", "halonet50ts", "halonet_h1", "haloregnetz_b", "lamhalobotnet50ts_256", "sehalonet33ts")  # fmt: skip
+NO_LAYERS = "no attention layers that can be recognised"
+# family -> (models, what the refusal says of their layers)
+FAMILIES_OF_OTHERS = {
+    "halonet": (HALOS, rf"HaloAttn \(\d+ layers\): it adds a {BIAS}"),
+    "convit, all gated": (("convit_tiny", "convit_small", "convit_base"), rf"GPSA \(2 layers\): it adds a {BIAS}"),
+    "shvit": (("shvit_s1", "shvit_s2", "shvit_s3", "shvit_s4"), NO_LAYERS),
+}
 
-        def forward(x, attn=attn):
-            q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-            return attn.proj(attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
-        attn.forward = forward
-    out = model(x)
-    for attn in plain:
+@pytest.mark.parametrize("family", FAMILIES_OF_OTHERS)
+def test_whole_families_are_left_alone_in_one_sentence(family):
+    names, reason = FAMILIES_OF_OTHERS[family]
+    for name in names:
+        options = {"depth": 2, "local_up_to_layer": 2} if family.startswith("convit") else {}
+        with torch.device("meta"):
+            model = timm.create_model(name, **options)
+        for method, knobs in (("neighborhood", {"window": 3}), ("grat", {"group": (1, 4, 4)}), ("dense", {})):
+            with pytest.raises(AccelerateError, match=reason) as error:
+                foveal.accelerate(model, method, **knobs)
+            assert str(error.value).count(". ") == 0 and str(error.value).endswith(".")
+
+
+@pytest.mark.parametrize(("name", "size"), [("halonet26t", 256), ("shvit_s1", 64), ("convit_tiny", 224)])
+@torch.no_grad()
+def test_a_refused_model_computes_what_it_did(name, size):
+    options = {"depth": 1, "local_up_to_layer": 1, "embed_dim": 16, "num_heads": 2} if name == "convit_tiny" else {}
+    model = timm.create_model(name, **options).eval()
+    x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    plain, before = model(x), fingerprint(model)
+    with pytest.raises(AccelerateError):
+        foveal.accelerate(model, "neighborhood", window=3)
+    assert torch.equal(model(x), plain) and fingerprint(model) == before
+
+
+def convit_by_the_formula(model, x, mask):
+    """All tokens after ConViT's last norm, its layers restated: plain ones masked; gated ones mix softmax over scores and over positions."""
+    replaced = [block.attn for block in model.blocks]
+    for attn in replaced:
+        attn.forward = partial(plain_layer if hasattr(attn, "qkv") else gated_layer, attn, mask=mask)
+    out = model.forward_features(x)
+    for attn in replaced:
         del attn.forward
     return out
 
 
+def plain_layer(attn, x, mask):
+    q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return attn.proj(attention(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+def gated_layer(attn, x, mask):
+    side = round(x.shape[1] ** 0.5)
+    row, column = (t.flatten().to(x) for t in torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"))
+    dx, dy = column[None] - column[:, None], row[None] - row[:, None]
+    place = attn.pos_proj(torch.stack([dx, dy, dx**2 + dy**2], -1)).permute(2, 0, 1).softmax(-1)
+    q, k = attn.qk(x).unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    share = attn.gating_param.sigmoid()[:, None, None]
+    weight = (1 - share) * (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) + share * place
+    v = attn.v(x).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+    return attn.proj((weight / weight.sum(-1, keepdim=True) @ v).transpose(1, 2).flatten(2))
+
+
+CONVIT_METHODS = {
+    "neighborhood": ({"window": 3}, lambda: window_mask((7, 7), 3)),
+    "grat": ({"group": (1, 4, 4), "b": 0}, lambda: group_mask((7, 7), (4, 4), "B", 0)),  # with a token order of its own
+}
+
+
+@pytest.mark.parametrize("gated", [0, 1, 2], ids="{} gated layers".format)
+@pytest.mark.parametrize("method", CONVIT_METHODS)
 @torch.no_grad()
-def test_convit_runs_its_plain_layers_sparse_and_leaves_the_gated_ones():
+def test_convit_runs_its_plain_layers_sparse_and_leaves_the_gated_ones(method, gated):
     """The class token joins between the two kinds of layers, so their sequences differ by one."""
-    options = {"embed_dim": 16, "depth": 3, "local_up_to_layer": 1, "num_heads": 2, "img_size": 112}
+    options = {"embed_dim": 16, "depth": 3, "local_up_to_layer": gated, "num_heads": 2, "img_size": 112}
     model = seeded(timm.create_model("convit_tiny", **options)).double().eval()
     x = torch.randn(1, 3, 112, 112, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    want = stepwise_masked(model, x, sequence_mask(window_mask((7, 7), 3), 50, 1))
-    with foveal.accelerate(model, "neighborhood", window=3) as handle:
-        torch.testing.assert_close(model(x), want, rtol=1e-9, atol=1e-9)
-        assert handle.still_bound() == ["blocks.1.attn", "blocks.2.attn"]
-        assert f"{BIAS} to the scores, which no plan carries: left alone in blocks.0.attn" in str(handle.summary())
+    knobs, mask = CONVIT_METHODS[method]
+    plain, dense = model.forward_features(x), convit_by_the_formula(model, x, torch.ones(50, 50, dtype=torch.bool))
+    torch.testing.assert_close(dense, plain, rtol=1e-9, atol=1e-9)
+    want = convit_by_the_formula(model, x, sequence_mask(mask(), 50, 1))
+    with foveal.accelerate(model, method, **knobs) as handle:
+        torch.testing.assert_close(model.forward_features(x), want, rtol=1e-9, atol=1e-9)
+        assert handle.still_bound() == [f"blocks.{i}.attn" for i in range(gated, 3)]
+        assert {row.dense_calls for row in handle.record.layers if row.left_alone is None} == {0}
+        for i in range(gated):
+            assert f"{BIAS} to the scores, which no plan carries: left alone in" in str(handle.summary())
+            assert f"blocks.{i}.attn" in str(handle.summary())
+    assert (plain - want).abs().max() > 1e-4 and torch.equal(model.forward_features(x), plain)
 
 
 @torch.no_grad()

@@ -1,0 +1,1 @@
+"""The shipped LINA: its data, training, card, pipeline and place in runs."""
