@@ -16,7 +16,7 @@ from foveal.plugins.accelerate import AccelerateError, Layers
 from foveal.plugins.method import Method
 from foveal.plugins.site import Site, State
 
-NOTHING_LEFT_OUT = "on so few tokens the method leaves nothing out"
+NOTHING_LEFT_OUT = "with these settings the method leaves nothing out"
 
 
 class Result(NamedTuple):
@@ -27,12 +27,10 @@ class Result(NamedTuple):
     reason: str = ""
 
 
-def run_method(
-    method: Method, q: Tensor, k: Tensor, v: Tensor, site: Site, state: State, spare_full: bool = False
-) -> Result:
+def run_method(method: Method, q: Tensor, k: Tensor, v: Tensor, site: Site, state: State) -> Result:
     """q, k, v [B, H, N, D]. A method that writes ``attend`` itself may leave its plan in ``state["plan"]``.
 
-    spare_full: a plan that visits every pair is not worth a kernel of its own.
+    A plan that visits every pair gives no output: dense attention is faster, and gives the model's own bits.
     """
     reason = method.stands_aside(site)
     if reason is not None:
@@ -44,7 +42,7 @@ def run_method(
     plan = method.plan(q, k, v, site, state)
     if plan is None:
         return Result(None, reason="the method chose dense attention")
-    if spare_full and plan.pairs == plan.n_queries * plan.n_keys:
+    if plan.pairs == plan.n_queries * plan.n_keys:
         return Result(None, reason=NOTHING_LEFT_OUT)
     return Result(block_sparse_attention(q, k, v, plan, scale=site.scale), plan)
 

@@ -140,7 +140,8 @@ def _check_call(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, init: tuple[Te
         "key_bias",
     ):
         x = getattr(plan, name)
-        if x is not None and (x.shape[0] not in (1, b) or x.shape[1] not in (1, h)):
+        # Written out: torch 2.11 compiles `in` of a symbolic size wrongly.
+        if x is not None and ((x.shape[0] != 1 and x.shape[0] != b) or (x.shape[1] != 1 and x.shape[1] != h)):
             raise PlanError(
                 f"plan.{name} is for {tuple(x.shape[:2])} batch items and heads; the call has ({b}, {h}), and 1 means shared."
             )

@@ -138,7 +138,8 @@ def _launch(
     query_rows = rows_of(q, ROWS, dim) if q_tma else None
     if query_rows is None:  # the descriptor then gives its layout only
         layout = _layout(ROWS, dim, q.dtype)
-        query_rows, q_tma = Rows(TensorDescriptor(k, [ROWS, dim], [dim, 1], [ROWS, dim], layout), 0, 0, 0), False
+        aligned = key_rows.table.base
+        query_rows, q_tma = Rows(TensorDescriptor(aligned, [ROWS, dim], [dim, 1], [ROWS, dim], layout), 0, 0, 0), False
     init_out, init_lse = init if init is not None else (None, None)
     init_lse = None if init_lse is None else init_lse.contiguous()
     absent = plan.index

@@ -87,6 +87,7 @@ METRICS = (
     Term("acc_relation", "relation", "share of samples with both pictures in the relation asked for, over the prompts that name two.", True, "%"),
     Term("acc_scale", "scale", "share of samples with the pictures asked for at the scales asked for.", True, "%"),
     Term("acc_scene", "scene", "share of samples with the background asked for.", True, "%"),
+    Term("acc_class", "class", "share of samples that the judge shipped with the model takes for the class asked for; the judge is ours.", True, "%"),
     Term("warp_error", "warp error", "error of each frame warped onto the next, outside occlusions.", False, "3"),
     Term("vbench.temporal_flickering", "steadiness", "VBench temporal flickering: one minus the mean change from frame to frame; 1 is a still picture.", True, ".4"),
     Term("midframe_smoothness", "smoothness", "how well each middle frame follows from its neighbours.", True, ".4"),

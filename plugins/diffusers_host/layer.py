@@ -147,7 +147,7 @@ def run_on_level(method: Method, q: Tensor, k: Tensor, v: Tensor, site: Site, st
     """One method on one level of a UNet. Knobs are chosen for the large levels: one that they do not fit runs dense, by name."""
     where = f" (level {by(site.grid[1:])})"
     try:
-        result = run_method(method, q, k, v, site, state, spare_full=True)
+        result = run_method(method, q, k, v, site, state)
     except MethodError as error:
         return Result(None, reason=str(error).rstrip(".") + where)
     too_small = result.reason == NOTHING_LEFT_OUT or site.tokens < method.min_tokens

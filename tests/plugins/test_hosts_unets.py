@@ -71,7 +71,7 @@ def test_levels_too_small_for_the_groups_run_dense_by_name(group, b):
     handle = accelerate(model, "grat", group=group, b=b)
     run(model, inputs)
     ((small, dense),) = reasons(handle).items()
-    assert small == "on so few tokens the method leaves nothing out (level 32x32)"
+    assert small == "with these settings the method leaves nothing out (level 32x32)"
     assert len(dense) == 4 and set(dense) < set(handle.still_bound())
     assert all(row.mean("density") < 1 for row in handle.record.layers if row.qualified not in dense)
     assert str(handle.summary()).count(small) == 1

@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny_lina import TINY, draw, generators, tiny
+from random_lina import TINY, draw, generators, tiny
 
 from foveal.vision.lina import LinaModel
 from foveal.vision.lina_config import LinaConfig, preset

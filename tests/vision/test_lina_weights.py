@@ -8,7 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny_lina import draw, tiny
+from random_lina import draw, tiny
 
 from foveal.vision.lina import LinaModel
 from foveal.vision.lina_checkpoint import load_weights, released_name, released_weights
