@@ -32,7 +32,8 @@ def source(record: Record) -> str:
 def head(record: Record) -> str:
     """The line above a table."""
     device, rest = source(record).split("; ", 1)
-    return f"{device}, median of at least {record['rounds']} interleaved rounds; {rest}."
+    note = f" {record['note']}" if "note" in record else ""  # what a reader must know before the figures
+    return f"{device}, median of at least {record['rounds']} interleaved rounds; {rest}.{note}"
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
