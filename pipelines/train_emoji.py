@@ -50,16 +50,16 @@ from foveal.pipelines.world.export import record
 from foveal.pipelines.world.training import Recipe
 
 FINAL = (  # size, steps, guidance, held-out combinations; the first row is the gate
+    (128, 8, 2.0, False),
+    (256, 8, 2.0, False),
+    (128, 8, 2.0, True),
+    (256, 8, 2.0, True),
+    (128, 16, 2.0, False),
+    (256, 16, 2.0, False),
     (128, 8, 1.0, False),
     (256, 8, 1.0, False),
-    (128, 8, 1.0, True),
-    (256, 8, 1.0, True),
-    (128, 16, 1.0, False),
-    (256, 16, 1.0, False),
-    (128, 8, 1.5, False),
-    (256, 8, 1.5, False),
-    (64, 8, 1.0, False),
-    (128, 4, 1.0, False),
+    (64, 8, 2.0, False),
+    (128, 4, 2.0, False),
 )
 
 

@@ -38,6 +38,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype:  # one kernel on a GPU, in fp32 inside
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps).to(x.dtype)
         y = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return (y * self.weight.to(y.dtype)).to(x.dtype)
@@ -93,14 +95,16 @@ class BidirectionalMixer(nn.Module):
             raise ValueError(
                 f"{n} tokens do not form a grid of {height} by {width}; pass the grid the tokens come from."
             )
-        local = self.in_proj(x.transpose(1, 2).reshape(b, d, height, width)).flatten(2).transpose(1, 2)
+        # Laid out once for the four projections that read it.
+        local = self.in_proj(x.transpose(1, 2).reshape(b, d, height, width)).flatten(2).transpose(1, 2).contiguous()
         q, k, v = (self._heads(t) for t in self.qkv_proj(local).split([self.key_width, self.key_width, d], -1))
-        gates = (self._heads(F.logsigmoid(self._wide(t)) / self.temper) for t in self.gk_proj(local).chunk(2, -1))
+        log_gates = F.logsigmoid(self._wide(self.gk_proj(local))) / self.temper
+        gates = (self._heads(t) for t in log_gates.chunk(2, -1))
         mean = 0.25 if self.eval_half and not self.training else 0.5
         seen = bidirectional_gated_linear_attention(q, k, v, *gates, scale=mean * q.shape[-1] ** -0.5).transpose(1, 2)
         mix = self.g_proj(local).sigmoid().unflatten(-1, (self.num_heads, -1))
         near = self.l_norm(local.unflatten(-1, (self.num_heads, -1)))
-        y = mix * self.g_norm(seen).to(near.dtype) + (1 - mix) * near
+        y = torch.lerp(near, self.g_norm(seen).to(near.dtype), mix.to(near.dtype))
         return self.o_proj(self.out_act(y.flatten(2)))
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def architecture(heads: int, double: int, single: int) -> dict[str, Any]:
 
 
 MODELS: dict[str, EmojiSpec] = {
-    "emoji-flux": EmojiSpec("emoji-flux", architecture(heads=3, double=2, single=6)),
+    "emoji-flux": EmojiSpec("emoji-flux", architecture(heads=3, double=2, single=6), guidance=2.0),
     "tiny": EmojiSpec("tiny", architecture(heads=1, double=1, single=1), size=64),
 }
 
