@@ -54,7 +54,7 @@ FLASH4_FUNC = """
 import torch
 import torch.nn.functional as F
 
-def flash_attn_func(q, k, v, block_sparse_tensors=None):
+def flash_attn_func(q, k, v, softmax_scale=None, block_sparse_tensors=None):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mask = None
     if block_sparse_tensors is not None:
@@ -66,7 +66,7 @@ def flash_attn_func(q, k, v, block_sparse_tensors=None):
             for r in range(t.full_block_cnt.shape[2]):
                 for c in t.full_block_idx[0, h, r, : int(t.full_block_cnt[0, h, r])].tolist():
                     mask[:, h, r * rows : (r + 1) * rows, c * cols : (c + 1) * cols] = True
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2), None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale).transpose(1, 2), None
 """
 
 
