@@ -6,11 +6,9 @@ A log is a list of rows, dictionaries with an "event": start, train, judge, eval
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from foveal.pipelines.card_text import Row, last, show, span, table
 from foveal.pipelines.lina.models import LinaSpec, Recipe
-
-Row = dict[str, Any]
 
 LIMITS = """\
 - {note}.
@@ -63,11 +61,11 @@ def _facts(spec: LinaSpec, classes: Sequence[str], params: int) -> str:
         ),
         ("classes", ", ".join(classes)),
     ]  # fmt: skip
-    return _table(("", ""), rows)
+    return table(("", ""), rows)
 
 
 def _recipe(recipe: Recipe, rows: Sequence[Row]) -> str:
-    start, done = _last(rows, "start"), _last(rows, "done")
+    start, done = last(rows, "start"), last(rows, "done")
     steps = done.get("step", 0)
     return (
         f"Flow matching of hidden tokens, {recipe.draws} noise levels each (logistic-normal). Hidden share: normal around 1 with deviation "
@@ -84,12 +82,12 @@ def _curve(rows: Sequence[Row]) -> str:
     if not picked:
         return "No evaluation was made during training."
     names = ("seconds", "step", "loss", "samples", "guidance", "accuracy", "distance")
-    return _table(names, [[_show(row.get(name)) for name in names] for row in picked])
+    return table(names, [[show(row.get(name)) for name in names] for row in picked])
 
 
 def _metrics(rows: Sequence[Row], classes: Sequence[str]) -> str:
-    judge = _last(rows, "judge")
-    body, last = [], None
+    judge = last(rows, "judge")
+    body, first = [], None
     for row in rows:
         if row["event"] not in ("real", "final"):
             continue
@@ -102,47 +100,28 @@ def _metrics(rows: Sequence[Row], classes: Sequence[str]) -> str:
         cells = [
             what,
             f"{row['samples']:,}",
-            _show(row["accuracy"]),
-            _span(row["accuracy_ci95"]),
-            _show(row["distance"]),
-            _span(row["distance_ci95"]),
+            show(row["accuracy"]),
+            span(row["accuracy_ci95"]),
+            show(row["distance"]),
+            span(row["distance_ci95"]),
         ]
         body.append(cells)
-        last = last or (None if real else row)
+        first = first or (None if real else row)
     note = (
         f"The feature network is ours: a convolutional classifier ({judge.get('params', 0):,} parameters, `judge.safetensors`) trained in the "
         f"same run on five sixths of the training pictures; it is right on {judge.get('accuracy', 0):.1%} of the test pictures. `accuracy`: share "
         "of samples it takes for the class asked for (95 % Wilson). `distance`: Fréchet distance between normal distributions fitted to its 64 "
-        f"features of a batch and of all test pictures; mean over {last['batches'] if last else 0} batches with seeds of their own (95 %, Student's "
+        f"features of a batch and of all test pictures; mean over {first['batches'] if first else 0} batches with seeds of their own (95 %, Student's "
         "t, the test pictures held fixed). It is not FID: that needs another network. Guidance rises from "
-        f"{_show(last['min_guidance']) if last else 1} to the value named. Averaged weights, fp32.\n\n"
+        f"{show(first['min_guidance']) if first else 1} to the value named. Averaged weights, fp32.\n\n"
     )  # fmt: skip
-    parts = [note + _table(("pictures", "number", "accuracy", "95 %", "distance", "95 %"), body)]
-    if last:
-        shares = [_show(x) for x in last["by_class"]]
-        parts.append("Accuracy by class, first setting:\n\n" + _table(list(classes), [shares]))
-    if copies := _last(rows, "copies"):
+    parts = [note + table(("pictures", "number", "accuracy", "95 %", "distance", "95 %"), body)]
+    if first:
+        shares = [show(x) for x in first["by_class"]]
+        parts.append("Accuracy by class, first setting:\n\n" + table(list(classes), [shares]))
+    if copies := last(rows, "copies"):
         parts.append(
             f"Copies: the nearest training picture is {copies['sampled']:.3g} away from a sample and {copies['real']:.3g} from a test picture "
             f"(root mean square of grey values in [0, 1], median of {copies['samples']} each)."
         )
     return "\n\n".join(parts)
-
-
-def _last(rows: Sequence[Row], event: str) -> Row:
-    return next((row for row in reversed(rows) if row["event"] == event), {})
-
-
-def _span(interval: Sequence[float] | None) -> str:
-    return "-" if interval is None else f"{interval[0]:.3f} - {interval[1]:.3f}"
-
-
-def _show(value: Any) -> str:
-    if value is None or value != value:
-        return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

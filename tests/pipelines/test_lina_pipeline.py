@@ -182,7 +182,6 @@ def test_the_config_asks_for_classes_there_are():
 
 
 # ---- what ships
-@pytest.mark.skipif(not SHIPPED.is_file(), reason="the weights of lina-fashion are not in this checkout")
 def test_the_shipped_model_makes_what_it_is_asked_for():
     assert "lina-fashion" in shipped()
     card = next(card for card in cards() if card.id == "lina-fashion")
