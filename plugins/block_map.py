@@ -69,4 +69,16 @@ def box_of(order: Order, tables: Sequence[AxisTable]) -> Box | None:
     if not coord:
         return None
     packed = [torch.from_numpy(np.stack(part).astype(np.int16)) for part in (low, high, coord)]
-    return Box(packed[0], packed[1], packed[2])
+    return Box(packed[0], packed[1], packed[2], cell=_cell(packed[2].numpy(), order))
+
+
+def _cell(coord: np.ndarray, order: Order) -> tuple[tuple[int, ...], ...] | None:
+    """Coordinates inside a tile from its first token on, where they are the same in all tiles. coord [A, N]"""
+    size = int(order.length[0])
+    if not bool((order.length == size).all()):
+        return None
+    inside = coord.reshape(len(coord), -1, size)
+    inside = inside - inside[..., :1]
+    if (inside != inside[:, :1]).any():
+        return None
+    return tuple(tuple(int(x) for x in axis) for axis in inside[:, 0])

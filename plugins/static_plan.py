@@ -50,7 +50,7 @@ class StaticPlan:
         if valid is None or self.text_before is None:
             return self.plan
         room = (valid.to(torch.int32)[:, None] - self.text_before).clamp_(min=0)
-        return self.plan.with_kv_len(torch.minimum(room, self.plan.kv_len[0]))
+        return self.plan.with_kv_len(torch.minimum(room, self.plan.kv_len[0]), same_cells=True)
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,8 @@ def _spread_box(box: Box, layout: Layout) -> Box:
         out[:, layout.visual.start : layout.visual.stop] = x
         return out
 
-    return Box(spread(box.low, layout.tokens), spread(box.high, layout.tokens), spread(box.coord, layout.keys))
+    low, high, coord = spread(box.low, layout.tokens), spread(box.high, layout.tokens), spread(box.coord, layout.keys)
+    return Box(low, high, coord, cell=box.cell)
 
 
 def _pack_bits(seen: Tensor, layout: Layout, visual_keys: np.ndarray) -> Tensor:

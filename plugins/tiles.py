@@ -56,8 +56,8 @@ def _untidiness(tile: tuple[int, ...], grid: tuple[int, ...], target: int) -> tu
 def auto_tile(window: Window, block: int) -> tuple[int, ...]:
     """The tile of block / 2 to 2 * block tokens for which queries visit fewest tokens; among near equals the most compact.
 
-    Visits multiply over axes, so each axis is measured once. A block costs as much as 8 more tokens on either side would, and a
-    visit with a pair mask a fifth more than one without.
+    Visits multiply over axes, so each axis is measured once. A block costs as much as 4 more keys would, a visit with a pair mask a
+    quarter more than one without, and kernels take the queries of a tile by 128 and its keys by 64.
     """
     shares = [_shares(window, axis) for axis in range(len(window.grid))]
     sizes = np.stack(np.meshgrid(*[np.arange(1, len(s) + 1) for s in shares], indexing="ij"), -1).reshape(
@@ -67,15 +67,16 @@ def auto_tile(window: Window, block: int) -> tuple[int, ...]:
     most = math.prod(len(s) for s in shares)
     fits = (volume >= min(block // 2, most)) & (volume <= 2 * block)
     sizes, volume = sizes[fits], volume[fits]
-    visited, full = (np.prod([s[sizes[:, a] - 1, i] for a, s in enumerate(shares)], axis=0) for i in (0, 1))
-    cost = (visited + 0.2 * (visited - full)) * (1 + 8 / volume) ** 2
+    visited, full, tiles = (np.prod([s[sizes[:, a] - 1, i] for a, s in enumerate(shares)], axis=0) for i in range(3))
+    taken = (tiles / math.prod(window.grid)) ** 2 * (-(-volume // 128) * 128.0) * (-(-volume // 64) * 64.0)
+    cost = (visited + 0.25 * (visited - full)) * (1 + 4 / volume) * taken
     near = cost <= 1.03 * cost.min()
     sizes = sizes[near]
     return tuple(int(t) for t in sizes[np.argmin((1 / sizes).sum(1))])
 
 
 def _shares(window: Window, axis: int) -> np.ndarray:
-    """Visited and fully visited pairs / all pairs on one axis, for tile lengths 1, 2, ... up to the longest. -> [lengths, 2]
+    """Visited and fully visited pairs / all pairs on one axis, and tiles, for tile lengths 1, 2, ... up to the longest. -> [lengths, 3]
 
     The windows of a tile's queries make one range of positions, so its ends say which key tiles are visited.
     """
@@ -98,5 +99,6 @@ def _shares(window: Window, axis: int) -> np.ndarray:
             - -(-np.maximum.reduceat(low, first) // tile) * tile
         )
         queries = tiles.stop - tiles.start
-        shares.append((float(queries @ visited) / length**2, float(queries @ np.maximum(inner, 0)) / length**2))
+        some, every = float(queries @ visited), float(queries @ np.maximum(inner, 0))
+        shares.append((some / length**2, every / length**2, float(tiles.count)))
     return np.array(shares)

@@ -61,7 +61,7 @@ def region_plan(chosen: Tensor, order: Order) -> BlockPlan:
         n_queries=n, n_keys=n, q_start=order.start, q_len=order.length, kv_start=order.start, kv_len=order.length,
         count=count, n_full=count, index=chosen[:, None].to(torch.int32), q_order=order.token, kv_order=order.token, ordered=True,
         max_q_len=longest, max_kv_len=longest, covers=True, kv_stride=longest if even and regions > 1 else 0,
-        tiled=even and regions > 1, pairs=n * kept * longest if even else None, trusted=True, label=f"regions top {kept} of {regions}",
+        tiled=even and regions > 1, pairs=n * kept * longest if even else None, spread=0.0, trusted=True, label=f"regions top {kept} of {regions}",
     )  # fmt: skip
 
 

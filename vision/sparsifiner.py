@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from foveal.kernels.block_sparse import BlockPlan, block_sparse_attention
 from foveal.kernels.selection.keeping import keep_top_k
-from foveal.kernels.selection.lists import block_lists
+from foveal.kernels.selection.lists import block_lists, top_k_lists
 from foveal.kernels.selection.pooling import pool_blocks
 from foveal.vision.token_layer import Plane, TokenAttention
 
@@ -98,14 +98,18 @@ def block_connectivity(
     n, blocks = q.shape[2], scores.shape[-1]
     check_keep(keep)
     ahead = min(blocks, -(-prefix // block))
-    chosen = keep_top_k(scores, math.ceil(keep * blocks))
-    chosen[..., :ahead] = True
-    lists = block_lists(chosen, width=min(blocks, math.ceil(keep * blocks) + ahead))
+    most = math.ceil(keep * blocks)
+    if ahead:
+        chosen = keep_top_k(scores, most)
+        chosen[..., :ahead] = True
+        lists = block_lists(chosen, width=min(blocks, most + ahead))
+    else:
+        lists = top_k_lists(scores, most)
     start, length = _blocks(n, block, q.device)
     return BlockPlan(
         n_queries=n, n_keys=n, q_start=start, q_len=length, kv_start=start, kv_len=length, count=lists.count, n_full=lists.count,
         index=lists.index, dense_rows=((0, ahead),) if ahead else (), max_q_len=min(n, block), max_kv_len=min(n, block), covers=True,
-        kv_stride=block if blocks > 1 else 0, tiled=blocks > 1, trusted=True, label=f"sparsifiner blocks of {block}, keep {keep:g}",
+        kv_stride=block if blocks > 1 else 0, tiled=blocks > 1, spread=None if ahead else 0.0, trusted=True, label=f"sparsifiner blocks of {block}, keep {keep:g}",
     )  # fmt: skip
 
 

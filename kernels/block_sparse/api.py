@@ -6,7 +6,7 @@ Letters as in plan.py; D head dim, Hkv key heads.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,7 +14,9 @@ from torch import Tensor
 from foveal.kernels.block_sparse import operator
 from foveal.kernels.block_sparse.checks import PlanError
 from foveal.kernels.block_sparse.needs import IMPLEMENTATIONS, slower
+from foveal.kernels.block_sparse.operator import Init
 from foveal.kernels.block_sparse.plan import BlockPlan
+from foveal.kernels.block_sparse.plan_forms import derived
 from foveal.kernels.choosing import Choice, pick
 from foveal.kernels.merge import merge_attention
 
@@ -71,39 +73,67 @@ def block_sparse_attention(
     -> out [B, H, N, D] with q's dtype and strides, or (out, lse). Differentiable in q, k, v and the proxies' k and v.
     Raises ValueError in one sentence for inputs that do not fit each other or the plan, or that no implementation takes.
     """
-    _check_call(q, k, v, plan, init)
+    _check_plain(q, k, v)
     softmax_scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    choice = choose(q, plan, options, k=k, v=v, scale=softmax_scale)
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in _learnable(q, k, v, plan))
-    if differentiable or torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    name = (_admit if compiling else _admitted)(q, k, v, plan, softmax_scale, init, options)
+    differentiable = torch.is_grad_enabled() and _differentiable(q, k, v, plan)
+    if differentiable or compiling:
         need_lse = return_lse or init is not None or differentiable  # the backward would have to make it again
-        out, lse = operator.traced(q, k, v, plan, softmax_scale, choice.name, need_lse)
+        out, lse = operator.traced(q, k, v, plan, softmax_scale, name, need_lse)
         if init is not None:
             out, lse = merge_attention((out, lse), init)
         return (out, lse) if return_lse else out
-    out, got = operator.run(choice.name, q, k, v, plan, softmax_scale, return_lse, init)
+    out, got = operator.run(name, q, k, v, plan, softmax_scale, return_lse, init)
     if not return_lse:
         return out
     assert got is not None
     return out, got
 
 
-def _learnable(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> list[Tensor]:
-    proxies = [plan.proxies.k, plan.proxies.v] if plan.proxies is not None else []
-    held = [x for x in (plan.block_bias, plan.key_bias) if x is not None]
-    if plan.proxies is not None:
-        held += [x for x in (plan.proxies.n, plan.proxies.k_var) if x is not None]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in held):
+def _admitted(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, init: Init | None, options: KernelOptions | None
+) -> str:
+    """``_admit``, worked out once for every kind of call that a plan sees: everything that is asked there is in the key."""
+    kind = (
+        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), k.storage_offset() % 16, v.storage_offset() % 16, scale,
+        q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, None if init is None else (init[0].shape, init[1].shape), options,
+    )  # fmt: skip
+    names: dict[Any, str] = derived(plan, "names", lambda _: {})
+    name = names.get(kind)
+    if name is None:
+        name = names[kind] = _admit(q, k, v, plan, scale, init, options)
+    return name
+
+
+def _admit(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, init: Init | None, options: KernelOptions | None
+) -> str:
+    """Check the call and name the implementation that takes it."""
+    _check_call(q, k, v, plan, init)
+    return choose(q, plan, options, k=k, v=v, scale=scale).name
+
+
+def _differentiable(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> bool:
+    proxies = plan.proxies
+    held = (plan.block_bias, plan.key_bias, *(() if proxies is None else (proxies.n, proxies.k_var)))
+    if any(x is not None and x.requires_grad for x in held):
         raise ValueError(
             "biases, proxy counts and key variances have no gradient here; detach them before they enter the plan."
         )
-    return [q, k, v, *proxies]
+    if q.requires_grad or k.requires_grad or v.requires_grad:
+        return True
+    return proxies is not None and (proxies.k.requires_grad or proxies.v.requires_grad)
 
 
-def _check_call(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, init: tuple[Tensor, Tensor] | None) -> None:
+def _check_plain(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.layout != torch.strided or x.is_nested:
             raise ValueError(f"{name} is {x.layout} or nested; block_sparse_attention needs plain strided tensors.")
+
+
+def _check_call(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, init: Init | None) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; [batch, heads, tokens, head_dim] is needed.")
         if x.dtype != q.dtype or x.device != q.device:

@@ -22,6 +22,12 @@ def _lead(x: Tensor, own: int) -> Tensor:
     return x
 
 
+def _stored(x: Tensor, own: int) -> Tensor:
+    """int32, contiguous, with leading dimensions."""
+    x = _lead(x, own)
+    return x if x.dtype == torch.int32 and x.is_contiguous() else x.to(torch.int32).contiguous()
+
+
 def canonical(plan: BlockPlan) -> dict[str, Any]:
     """Stored forms: geometry [Bm, Hm, n], lists [Bm, Hm, R(, K)], biases [Bm, Hm, R or 1, C] and [Bm, Hm, Pk]."""
     out: dict[str, Any] = {}
@@ -31,10 +37,10 @@ def canonical(plan: BlockPlan) -> dict[str, Any]:
             raise PlanError(f"{name} is {type(x).__name__}; a plan needs an int32 tensor.")
         if not 1 <= x.ndim <= 3:
             raise PlanError(f"{name} has shape {tuple(x.shape)}; a plan needs [n], [B, n] or [B, H, n].")
-        out[name] = _lead(x, 1).to(torch.int32).contiguous()
+        out[name] = _stored(x, 1)
     if not 2 <= plan.index.ndim <= 4:
         raise PlanError(f"index has shape {tuple(plan.index.shape)}; a plan needs [R, K] or [B, H, R, K].")
-    out["index"] = _lead(plan.index, 2).to(torch.int32).contiguous()
+    out["index"] = _stored(plan.index, 2)
     if plan.row_bits is not None:
         out["row_bits"] = plan.row_bits.contiguous()
     if plan.block_bias is not None:
@@ -140,9 +146,29 @@ def check_values(plan: BlockPlan) -> None:
             not bool(partial.any()),
             "the plan lists partial entries but has neither box nor row_bits: give a pair mask, or set n_full = count.",
         )
+    if plan.box is not None and plan.box.cell is not None:
+        _check_cell(plan)
     if not plan.ordered:
         _check_order("q_order", plan.q_order, plan.n_queries)
         _check_order("kv_order", plan.kv_order, plan.n_keys)
+
+
+def _check_cell(plan: BlockPlan) -> None:
+    assert plan.box is not None and plan.box.cell is not None
+    cell = torch.tensor(plan.box.cell, device=plan.device)
+    place = torch.arange(plan.index.shape[-1], device=plan.device)
+    partial = (place >= plan.n_full[..., None]) & (place < plan.count[..., None])
+    blocks = plan.index[partial].unique().long()
+    for start, length in zip(
+        plan.kv_start.flatten(0, 1), plan.kv_len.expand_as(plan.kv_start).flatten(0, 1), strict=True
+    ):
+        whole = bool((length[blocks] == cell.shape[1]).all())
+        at = (start[blocks, None] + torch.arange(cell.shape[1], device=plan.device)).clamp(max=plan.kv_positions - 1)
+        found = plan.box.coord[:, at] - plan.box.coord[:, at[:, :1]]
+        _expect(
+            whole and bool((found == cell[:, None]).all()),
+            "box.cell does not describe the keys of every block that is a partial entry; leave it out, or give blocks of one shape.",
+        )
 
 
 def _check_runs(side: str, start: Tensor, length: Tensor, positions: int) -> None:

@@ -105,8 +105,8 @@ def n_is_wide(name: str, kind: str) -> bool:
     return kind.startswith("*") or name.split("_")[0] in {"q", "k", "v", "o", "io", "p", "pv", "var"}
 
 
-def assembled(ptx: str, capability: int) -> tuple[int, int]:
-    """Registers and spilled bytes, as ptxas reports them."""
+def assembled(ptx: str, capability: int, overlapping: bool = False) -> tuple[int, int]:
+    """Registers and spilled bytes, as ptxas reports them. overlapping: a kernel that lives by products running beside other work."""
     arch = f"sm_{capability}" + ("a" if capability >= 90 else "")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
@@ -119,6 +119,8 @@ def assembled(ptx: str, capability: int) -> tuple[int, int]:
         )
     if done.returncode:
         raise RuntimeError(f"ptxas refused the variant for {arch}: {done.stderr.strip()[:300]}")
+    if overlapping and "serialized" in done.stderr:
+        raise RuntimeError(f"ptxas runs matrix products one after the other: {done.stderr.strip()[:300]}")
     registers = max((int(x) for x in re.findall(r"Used (\d+) registers", done.stderr)), default=0)
     spill = sum(int(x) for x in re.findall(r"(\d+) bytes spill", done.stderr))
     return registers, spill

@@ -44,6 +44,13 @@ def full_visits(plan: BlockPlan) -> Tensor:
     return _scatter(plan, 0, plan.n_full) | dense_row_mask(plan)[:, None]
 
 
+def spread(plan: BlockPlan) -> float:
+    """Standard deviation / mean of the lengths of all lists, dense rows included; 0 without lists. Waits for the device."""
+    length = torch.where(dense_row_mask(plan), plan.n_kv_blocks, plan.count).double()
+    mean = float(length.mean()) if length.numel() else 0.0
+    return float(length.std(correction=0)) / mean if mean else 0.0
+
+
 def visits(plan: BlockPlan) -> Tensor:
     return _scatter(plan, 0, plan.count) | dense_row_mask(plan)[:, None]
 
@@ -205,6 +212,6 @@ def complement(plan: BlockPlan) -> BlockPlan:
     width = max(1, int(count.max()) if count.numel() else 1)
     index = torch.argsort((~rest).to(torch.int8), dim=-1, stable=True)[..., :width].to(torch.int32)
     return dataclasses.replace(
-        plan, count=count, n_full=count, index=index, dense_rows=(), box=None, row_bits=None, proxies=None,
+        plan, count=count, n_full=count, index=index, dense_rows=(), box=None, row_bits=None, proxies=None, spread=None,
         list_order="address", pairs=None, label=f"complement of {plan.label or 'plan'}",
     )  # fmt: skip

@@ -12,6 +12,9 @@ warp walk its list together.
   row: a tile may run past its block, and what lies beyond is hidden by the mask, never skipped. So keys and values must be finite there.
 * Box masks are packed: a query's bounds and a key's coordinates lie in one 32-bit word each, one field per axis with a guard bit, and one
   subtraction tests all axes (see ``pack_box``).
+* Where every key block is one box of cells (windows on a grid), tensor cores mask as well: key j of a block is a one-hot vector of its
+  place along each axis, the same in all blocks, a query has a very low number where a place lies outside its window, and their product
+  is added to the scores. A mask costs sixteen more columns of the product then, and next to nothing elsewhere.
 * Scores are kept in log2 units.
 """
 
@@ -30,127 +33,170 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from foveal.kernels.block_sparse.hopper_steps import (
     LN2,
     LOG2E,
+    LOWEST,
     NOTHING,
     ROWS,
     absorb,
     absorb_plain,
+    block_start,
+    cell_bounds,
+    cell_hidden,
+    cell_origin,
     item_at,
+    keys_left,
     meet,
+    next_tile,
     rows_of,
     scores,
-    tile_at,
+    this_program,
+    wide,
 )
 
 
 @gluon.jit
 def producer(
-    q_desc, k_desc, v_desc, q_s, ring, items, work, blocks, sizes, place,
-    ST: gl.constexpr, BN: gl.constexpr, UNIFORM: gl.constexpr, TILED: gl.constexpr, HAS_PARTIAL: gl.constexpr,
-    HAS_DENSE: gl.constexpr, Q_TMA: gl.constexpr,
+    q_desc, k_desc, v_desc, q_s, ring, items, programs, work, blocks, sizes, place,
+    ST: gl.constexpr, BN: gl.constexpr, UNIFORM: gl.constexpr, HAS_PARTIAL: gl.constexpr, HAS_DENSE: gl.constexpr,
+    Q_TMA: gl.constexpr,
 ):  # fmt: skip
     k_s, v_s, k_full, k_free, v_full, v_free, q_full, q_free = ring
-    starts, lists, counts, C, K_WIDTH, QSUB, ROW_ITEMS, H = work
     KvStart, KvLen, ks_b, ks_h, kl_b, kl_h = blocks
     ksub, kv_stride, PK, GROUP = sizes
     k_row_b, k_row_h, k_col_h, v_row_b, v_row_h, v_col_h, q_row_b, q_row_h, q_col_h = place
     done = 0  # tiles so far
-    turn = 0  # items so far
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        b, h, r, first, start, length, listing, n_full, total = item_at(
-            item, starts, lists, counts, C, K_WIDTH, QSUB, ROW_ITEMS, H, ksub, HAS_PARTIAL, HAS_DENSE
-        )
+    turn = 0  # items with tiles so far
+    for item in range(this_program(items), items, programs):
+        b, h, r, first, start, length, listing, n_full, masked = item_at(item, work, ksub, HAS_PARTIAL, HAS_DENSE)
+        total = n_full + masked
         hk = h // GROUP
-        if Q_TMA:
-            for who in gl.static_range(2):
-                mbarrier.wait(q_free.index(who), (turn & 1) ^ 1)
-                mbarrier.expect(q_full.index(who), q_desc.block_type.nbytes)
-                at = b * q_row_b + h * q_row_h + start + first + who * ROWS
-                tma.async_copy_global_to_shared(q_desc, [at, h * q_col_h], q_full.index(who), q_s.index(who))
-        key_starts, key_lengths = KvStart + b * ks_b + h * ks_h, KvLen + b * kl_b + h * kl_h
+        key_starts = KvStart + b * ks_b + h * ks_h
         k_row, k_col = b * k_row_b + hk * k_row_h, hk * k_col_h
         v_row, v_col = b * v_row_b + hk * v_row_h, hk * v_col_h
+        sub = 0
         for i in range(total):
             slot = (done + i) % ST
             phase = ((done + i) // ST) & 1
-            c, at, size, sub = tile_at(i, ksub, listing, key_starts, key_lengths, kv_stride, PK, UNIFORM, TILED)
-            at = at + sub * BN
+            at = block_start(gl.load(listing), key_starts, kv_stride, UNIFORM) + sub * BN
             mbarrier.wait(k_free.index(slot), phase ^ 1)
             mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(k_desc, [k_row + at, k_col], k_full.index(slot), k_s.index(slot))
+            if Q_TMA:
+                if i == 0:  # after the first keys, because the last item's queries may still be in use
+                    for who in gl.static_range(2):
+                        mbarrier.wait(q_free.index(who), (turn & 1) ^ 1)
+                        mbarrier.expect(q_full.index(who), q_desc.block_type.nbytes)
+                        row = b * q_row_b + h * q_row_h + start + first + who * ROWS
+                        tma.async_copy_global_to_shared(q_desc, [row, h * q_col_h], q_full.index(who), q_s.index(who))
             mbarrier.wait(v_free.index(slot), phase ^ 1)
             mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(v_desc, [v_row + at, v_col], v_full.index(slot), v_s.index(slot))
+            listing, sub = next_tile(listing, sub, ksub)
         done += total
-        turn += 1
+        turn += (total > 0).to(gl.int32)
 
 
 @gluon.jit
 def consumer(
-    q_s, o_s, ring, items, work, blocks, sizes, masks, query, init, output, scale,
+    q_s, o_s, ring, items, programs, work, blocks, sizes, masks, cells, query, init, output, scale,
     WHO: gl.constexpr, ST: gl.constexpr, D: gl.constexpr, DP: gl.constexpr, BN: gl.constexpr, UNIFORM: gl.constexpr,
-    TILED: gl.constexpr, EVEN: gl.constexpr, HAS_PARTIAL: gl.constexpr, BOX: gl.constexpr, BITS: gl.constexpr,
+    TILED: gl.constexpr, EVEN: gl.constexpr, HAS_PARTIAL: gl.constexpr, BOX: gl.constexpr, CELLS: gl.constexpr, BITS: gl.constexpr,
     BLOCK_BIAS: gl.constexpr, KEY_BIAS: gl.constexpr, HAS_DENSE: gl.constexpr, Q_ORDER: gl.constexpr, Q_TMA: gl.constexpr,
     HAS_INIT: gl.constexpr, NEED_LSE: gl.constexpr,
 ):  # fmt: skip
-    starts, lists, counts, C, K_WIDTH, QSUB, ROW_ITEMS, H = work
     ksub, kv_stride, PK, GROUP = sizes
     done = 0
     turn = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        b, h, r, first, start, length, listing, n_full, total = item_at(
-            item, starts, lists, counts, C, K_WIDTH, QSUB, ROW_ITEMS, H, ksub, HAS_PARTIAL, HAS_DENSE
-        )
-        walk(
+    mine = this_program(items)
+    b, h, r, first, start, length, listing, n_full, masked = item_at(mine, work, ksub, HAS_PARTIAL, HAS_DENSE)
+    for item in range(mine, items, programs):
+        total = n_full + masked
+        acc, peak, mass = walk(
             b, h, r, first, start, length, listing, n_full, total, done, turn,
-            q_s, o_s, ring, blocks, sizes, masks, query, init, output, scale, H,
-            WHO, ST, D, DP, BN, UNIFORM, TILED, EVEN, HAS_PARTIAL, BOX, BITS, BLOCK_BIAS, KEY_BIAS, Q_ORDER, Q_TMA, HAS_INIT, NEED_LSE,
+            q_s, ring, blocks, sizes, masks, cells, query, scale,
+            WHO, ST, D, DP, BN, UNIFORM, TILED, EVEN, HAS_PARTIAL, BOX, CELLS, BITS, BLOCK_BIAS, KEY_BIAS, Q_ORDER, Q_TMA,
         )  # fmt: skip
         done += total
-        turn += 1
+        turn += (total > 0).to(gl.int32)
+        # Looked up again, because registers are what the walk is short of, together with what the next item is.
+        b, h, r, first, start, length, listing, n_full, masked = item_at(item, work, ksub, HAS_PARTIAL, HAS_DENSE)
+        later = item + programs
+        b2, h2, r2, first2, start2, length2, listing2, n_full2, masked2 = item_at(
+            gl.where(later < items, later, item), work, ksub, HAS_PARTIAL, HAS_DENSE
+        )
+        finish(
+            b,
+            h,
+            first,
+            start,
+            length,
+            acc,
+            peak,
+            mass,
+            o_s,
+            work,
+            query,
+            init,
+            output,
+            WHO,
+            D,
+            DP,
+            Q_ORDER,
+            HAS_INIT,
+            NEED_LSE,
+        )
+        b, h, r, first, start, length, listing, n_full, masked = (
+            b2,
+            h2,
+            r2,
+            first2,
+            start2,
+            length2,
+            listing2,
+            n_full2,
+            masked2,
+        )
 
 
 @gluon.jit
 def walk(
     b, h, r, first, start, length, listing, n_full, total, done, turn,
-    q_s, o_s, ring, blocks, sizes, masks, query, init, output, scale, H,
+    q_s, ring, blocks, sizes, masks, cells, query, scale,
     WHO: gl.constexpr, ST: gl.constexpr, D: gl.constexpr, DP: gl.constexpr, BN: gl.constexpr, UNIFORM: gl.constexpr,
-    TILED: gl.constexpr, EVEN: gl.constexpr, HAS_PARTIAL: gl.constexpr, BOX: gl.constexpr, BITS: gl.constexpr,
-    BLOCK_BIAS: gl.constexpr, KEY_BIAS: gl.constexpr, Q_ORDER: gl.constexpr, Q_TMA: gl.constexpr, HAS_INIT: gl.constexpr,
-    NEED_LSE: gl.constexpr,
+    TILED: gl.constexpr, EVEN: gl.constexpr, HAS_PARTIAL: gl.constexpr, BOX: gl.constexpr, CELLS: gl.constexpr, BITS: gl.constexpr,
+    BLOCK_BIAS: gl.constexpr, KEY_BIAS: gl.constexpr, Q_ORDER: gl.constexpr, Q_TMA: gl.constexpr,
 ):  # fmt: skip
-    """One item: 64 query rows over the tiles of their list."""
+    """One item: 64 query rows over the tiles of their list. -> gathered values, peak, mass"""
     s_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     o_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DP, 16])
     p_lay: gl.constexpr = gl.DotOperandLayout(0, o_lay, 2)
     s_row: gl.constexpr = gl.SliceLayout(1, s_lay)
-    o_row: gl.constexpr = gl.SliceLayout(1, o_lay)
+    s_col: gl.constexpr = gl.SliceLayout(0, s_lay)
     across: gl.constexpr = DP // 8
     io: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
-    PLAIN: gl.constexpr = EVEN and not BLOCK_BIAS and not KEY_BIAS
+    PLAIN: gl.constexpr = not BLOCK_BIAS and not KEY_BIAS
     k_s, v_s, k_full, k_free, v_full, v_free, q_full, q_free = ring
     KvStart, KvLen, ks_b, ks_h, kl_b, kl_h = blocks
+    ksub, kv_stride, PK, GROUP = sizes
     Q, q_b, q_h, q_n, q_d, QOrder, qo_b, qo_h = query
-    InitOut, InitLse, i_b, i_h, i_n, i_d = init
-    Out, Lse, o_b, o_h, o_n, o_d, N = output
     Low, High, Coord, guard, Bits, words, rb_b, rb_h, BlockBias, bb_b, bb_h, bb_r, KeyBias, kb_b, kb_h = masks
     dtype: gl.constexpr = k_s.dtype
     b64, h64 = b.to(gl.int64), h.to(gl.int64)
-    lists = (listing, KvStart + b * ks_b + h * ks_h, KvLen + b * kl_b + h * kl_h)
+    key_lengths = KvLen + b * kl_b + h * kl_h
+    lists = (listing, KvStart + b * ks_b + h * ks_h, key_lengths)
     hides = (
         Low, High, Coord, guard, Bits + b64 * rb_b + h64 * rb_h, words,
         BlockBias + b64 * bb_b + h64 * bb_h + r.to(gl.int64) * bb_r, KeyBias + b64 * kb_b + h64 * kb_h,
     )  # fmt: skip
-    order = QOrder + b64 * qo_b + h64 * qo_h
-    line = (b64 * H + h64) * N
     mine = q_s.index(WHO)
-    dims = gl.arange(0, DP, gl.SliceLayout(0, io))
-    local_io = first + WHO * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, io))
-    to = rows_of(order, start, local_io, local_io < length, Q_ORDER)
-    held = gl.expand_dims((local_io < length) & (to >= 0), 1) & gl.expand_dims(dims < D, 0)
-    at = gl.expand_dims(to.to(gl.int64) * q_n, 1) + gl.expand_dims(dims * q_d, 0)
     if Q_TMA:
-        mbarrier.wait(q_full.index(WHO), turn & 1)
+        if total > 0:
+            mbarrier.wait(q_full.index(WHO), turn & 1)
     else:
+        dims = gl.arange(0, DP, gl.SliceLayout(0, io))
+        local_io = first + WHO * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, io))
+        to = rows_of(QOrder + b64 * qo_b + h64 * qo_h, start, local_io, local_io < length, Q_ORDER)
+        held = gl.expand_dims((local_io < length) & (to >= 0), 1) & gl.expand_dims(dims < D, 0)
+        at = gl.expand_dims(to.to(gl.int64) * q_n, 1) + gl.expand_dims(dims * q_d, 0)
         mine.store(gl.load(Q + b64 * q_b + h64 * q_h + at, mask=held, other=0.0))
         fence_async_shared()
         meet()
@@ -158,20 +204,13 @@ def walk(
     local = first + WHO * ROWS + gl.arange(0, ROWS, s_row)
     rows = start + local
     row_ok = local < length
-    peak = gl.full([ROWS], NOTHING, gl.float32, s_row)
+    if CELLS:
+        hot_s, Dims, PQ = cells
+        bounds = cell_bounds(Low, High, Dims, PQ, start, first + WHO * ROWS, length, s_lay, CELLS)
+    peak = gl.full([ROWS], LOWEST, gl.float32, s_row)
     mass = gl.zeros([ROWS], gl.float32, s_row)
     acc = gl.zeros([ROWS, DP], gl.float32, o_lay)
-    if HAS_INIT:
-        token = rows_of(order, start, local, row_ok, Q_ORDER)
-        before = gl.load(InitLse + line + token, mask=row_ok & (token >= 0), other=-float("inf"))
-        seen = before > -float("inf")
-        peak = gl.where(seen, before * LOG2E, NOTHING)
-        mass = gl.where(seen, 1.0, 0.0)
-        was = gl.expand_dims(to.to(gl.int64) * i_n, 1) + gl.expand_dims(dims * i_d, 0)
-        old = gl.load(InitOut + b64 * i_b + h64 * i_h + was, mask=held, other=0.0)
-        old = gl.convert_layout(old, o_lay).to(gl.float32)
-        acc = gl.where(gl.expand_dims(gl.convert_layout(seen, o_row), 1), old, 0.0)
-
+    tiles = total
     if first + WHO * ROWS >= length:  # no rows: give every tile back, so that the other consumer's ring turns
         for i in range(total):
             slot = (done + i) % ST
@@ -180,8 +219,10 @@ def walk(
             meet()  # one thread arrives for all: none may lag a whole turn behind
             mbarrier.arrive(k_free.index(slot), count=1)
             mbarrier.arrive(v_free.index(slot), count=1)
-        total = 0
-    if total > 0:
+        tiles = 0
+        n_full = 0
+    weights = gl.zeros([ROWS, BN], dtype, p_lay)
+    if tiles > 0:
         none = gl.zeros([ROWS, BN], gl.float32, s_lay)
         slot = done % ST
         mbarrier.wait(k_full.index(slot), (done // ST) & 1)
@@ -189,85 +230,246 @@ def walk(
         s = warpgroup_mma_wait(0, deps=(flying,))
         meet()
         mbarrier.arrive(k_free.index(slot), count=1)
-        if PLAIN and not HAS_PARTIAL:
+        if CELLS:
+            if n_full == 0:
+                hidden = cell_hidden(cell_origin(gl.load(listing), Coord, s_lay, CELLS), bounds)
+                flying = warpgroup_mma(hidden, hot_s.permute((1, 0)), s, is_async=True)
+                s = warpgroup_mma_wait(0, deps=(flying,))
+        if PLAIN and (CELLS or not HAS_PARTIAL):
+            if not EVEN:
+                left = keys_left(gl.load(listing), 0, key_lengths, kv_stride, PK, BN, TILED)
+                s = gl.where(gl.expand_dims(gl.arange(0, BN, s_col) < left, 0), s, NOTHING)
             p, peak, mass, keep = absorb_plain(s, peak, mass, scale)
         else:
             if HAS_PARTIAL:
                 if n_full > 0:
-                    s = scores(s, 0, n_full, lists, sizes, hides, rows, row_ok, scale, s_lay, BN, UNIFORM, TILED, EVEN, False, BOX, BITS, BLOCK_BIAS, KEY_BIAS)  # fmt: skip
+                    s = scores(s, 0, lists, sizes, hides, rows, row_ok, scale, s_lay, BN, UNIFORM, TILED, EVEN, False, BOX, BITS, BLOCK_BIAS, KEY_BIAS)  # fmt: skip
                 else:
-                    s = scores(s, 0, n_full, lists, sizes, hides, rows, row_ok, scale, s_lay, BN, UNIFORM, TILED, EVEN, True, BOX, BITS, BLOCK_BIAS, KEY_BIAS)  # fmt: skip
+                    s = scores(s, 0, lists, sizes, hides, rows, row_ok, scale, s_lay, BN, UNIFORM, TILED, EVEN, True, BOX, BITS, BLOCK_BIAS, KEY_BIAS)  # fmt: skip
             else:
-                s = scores(s, 0, n_full, lists, sizes, hides, rows, row_ok, scale, s_lay, BN, UNIFORM, TILED, EVEN, False, BOX, BITS, BLOCK_BIAS, KEY_BIAS)  # fmt: skip
+                s = scores(s, 0, lists, sizes, hides, rows, row_ok, scale, s_lay, BN, UNIFORM, TILED, EVEN, False, BOX, BITS, BLOCK_BIAS, KEY_BIAS)  # fmt: skip
             p, peak, mass, keep = absorb(s, peak, mass)
-        if HAS_INIT:
-            acc = acc * gl.expand_dims(gl.convert_layout(keep, o_row), 1)
         weights = gl.convert_layout(p.to(dtype), p_lay)
 
-        for i in range(1, n_full):
-            slot = (done + i) % ST
-            last = (done + i - 1) % ST
-            mbarrier.wait(k_full.index(slot), ((done + i) // ST) & 1)
-            flying = warpgroup_mma(mine, k_s.index(slot).permute((1, 0)), none, use_acc=False, is_async=True)
-            mbarrier.wait(v_full.index(last), ((done + i - 1) // ST) & 1)
-            gathering = warpgroup_mma(weights, v_s.index(last), acc, is_async=True)
-            s = warpgroup_mma_wait(1, deps=(flying,))
-            meet()
-            mbarrier.arrive(k_free.index(slot), count=1)
-            if PLAIN:
-                p, peak, mass, keep = absorb_plain(s, peak, mass, scale)
-            else:
-                s = scores(s, i, n_full, lists, sizes, hides, rows, row_ok, scale, s_lay, BN, UNIFORM, TILED, EVEN, False, BOX, BITS, BLOCK_BIAS, KEY_BIAS)  # fmt: skip
-                p, peak, mass, keep = absorb(s, peak, mass)
-            weights_new = gl.convert_layout(p.to(dtype), p_lay)
-            acc = warpgroup_mma_wait(0, deps=(gathering,))
-            meet()
-            mbarrier.arrive(v_free.index(last), count=1)
-            acc = acc * gl.expand_dims(gl.convert_layout(keep, o_row), 1)
-            weights = weights_new
+        if PLAIN and EVEN:
+            for i in range(1, n_full):
+                acc, weights, peak, mass = step(
+                    acc, weights, peak, mass, BN, 0, mine, ring, q_s, done + i, scale, s_lay, ST, BN, False, 0
+                )
+        elif PLAIN:
+            # A tile cut short has a loop body of its own: a branch around the mask alone would end what runs beside it.
+            entry, sub = next_tile(listing, 0, ksub)
+            short = keys_left(gl.load(entry, mask=n_full > 1, other=0), sub, key_lengths, kv_stride, PK, BN, TILED)
+            for i in range(1, n_full):
+                left = short
+                entry, sub = next_tile(entry, sub, ksub)
+                short = keys_left(
+                    gl.load(entry, mask=i + 1 < n_full, other=0), sub, key_lengths, kv_stride, PK, BN, TILED
+                )
+                if CELLS:  # short of registers: one body for both
+                    acc, weights, peak, mass = step(
+                        acc, weights, peak, mass, left, 0, mine, ring, q_s, done + i, scale, s_lay, ST, BN, True, 0
+                    )
+                elif left < BN:
+                    acc, weights, peak, mass = step(
+                        acc, weights, peak, mass, left, 0, mine, ring, q_s, done + i, scale, s_lay, ST, BN, True, 0
+                    )
+                else:
+                    acc, weights, peak, mass = step(
+                        acc, weights, peak, mass, left, 0, mine, ring, q_s, done + i, scale, s_lay, ST, BN, False, 0
+                    )
+        else:
+            for i in range(1, n_full):
+                acc, weights, peak, mass = careful_step(
+                    acc, weights, peak, mass, i, done, mine, ring, lists, sizes, hides, rows, row_ok, scale, s_lay,
+                    ST, BN, UNIFORM, TILED, EVEN, False, BOX, BITS, BLOCK_BIAS, KEY_BIAS, not HAS_PARTIAL,
+                )  # fmt: skip
 
-        if HAS_PARTIAL:
-            # Masks need registers: here P V is waited for first, and only the other consumer overlaps.
-            for i in range(gl.maximum(n_full, 1), total):
-                slot = (done + i) % ST
-                last = (done + i - 1) % ST
-                mbarrier.wait(k_full.index(slot), ((done + i) // ST) & 1)
-                flying = warpgroup_mma(mine, k_s.index(slot).permute((1, 0)), none, use_acc=False, is_async=True)
-                mbarrier.wait(v_full.index(last), ((done + i - 1) // ST) & 1)
-                gathering = warpgroup_mma(weights, v_s.index(last), acc, is_async=True)
-                s, acc = warpgroup_mma_wait(0, deps=(flying, gathering))
-                meet()
-                mbarrier.arrive(k_free.index(slot), count=1)
-                mbarrier.arrive(v_free.index(last), count=1)
-                s = scores(s, i, n_full, lists, sizes, hides, rows, row_ok, scale, s_lay, BN, UNIFORM, TILED, EVEN, True, BOX, BITS, BLOCK_BIAS, KEY_BIAS)  # fmt: skip
-                p, peak, mass, keep = absorb(s, peak, mass)
-                weights = gl.convert_layout(p.to(dtype), p_lay)
-                acc = acc * gl.expand_dims(gl.convert_layout(keep, o_row), 1)
-
-        last = (done + total - 1) % ST
-        mbarrier.wait(v_full.index(last), ((done + total - 1) // ST) & 1)
+        if CELLS:
+            here = cell_origin(
+                gl.load(listing + gl.maximum(n_full, 1), mask=tiles > gl.maximum(n_full, 1), other=0),
+                Coord,
+                s_lay,
+                CELLS,
+            )
+            for i in range(gl.maximum(n_full, 1), tiles):
+                hidden = cell_hidden(here, bounds)
+                here = cell_origin(gl.load(listing + i + 1, mask=i + 1 < tiles, other=0), Coord, s_lay, CELLS)
+                acc, weights, peak, mass = step(
+                    acc,
+                    weights,
+                    peak,
+                    mass,
+                    BN,
+                    hidden,
+                    mine,
+                    ring,
+                    hot_s,
+                    done + i,
+                    scale,
+                    s_lay,
+                    ST,
+                    BN,
+                    False,
+                    CELLS,
+                )
+        elif HAS_PARTIAL:
+            for i in range(gl.maximum(n_full, 1), tiles):
+                acc, weights, peak, mass = careful_step(
+                    acc, weights, peak, mass, i, done, mine, ring, lists, sizes, hides, rows, row_ok, scale, s_lay,
+                    ST, BN, UNIFORM, TILED, EVEN, True, BOX, BITS, BLOCK_BIAS, KEY_BIAS, False,
+                )  # fmt: skip
+    if Q_TMA:
+        if total > 0:
+            meet()
+            mbarrier.arrive(q_free.index(WHO), count=1)
+    if tiles > 0:
+        last = (done + tiles - 1) % ST
+        mbarrier.wait(v_full.index(last), ((done + tiles - 1) // ST) & 1)
         gathering = warpgroup_mma(weights, v_s.index(last), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(gathering,))
         meet()
         mbarrier.arrive(v_free.index(last), count=1)
-    if Q_TMA:
-        meet()
-        mbarrier.arrive(q_free.index(WHO), count=1)
+    return acc, peak, mass
 
-    empty = peak <= 1.0e-10 * NOTHING
+
+@gluon.jit
+def step(
+    acc, weights, peak, mass, left, hidden, mine, ring, hot_s, tile, scale, s_lay: gl.constexpr, ST: gl.constexpr, BN: gl.constexpr,
+    SHORT: gl.constexpr, CELLS: gl.constexpr,
+):  # fmt: skip
+    """Tile ``tile`` of the ring: its Q K^T and softmax beside P V of the tile before.
+
+    SHORT: only ``left`` of its keys count. CELLS: ``hidden`` [64, CELLS] times the cells' one-hot factor is the mask.
+    """
+    o_lay: gl.constexpr = acc.type.layout
+    k_s, v_s, k_full, k_free, v_full, v_free, q_full, q_free = ring
+    slot = tile % ST
+    last = (tile - 1) % ST
+    none = gl.zeros([ROWS, BN], gl.float32, s_lay)
+    mbarrier.wait(k_full.index(slot), (tile // ST) & 1)
+    flying = warpgroup_mma(mine, k_s.index(slot).permute((1, 0)), none, use_acc=False, is_async=True)
+    if CELLS:
+        flying = warpgroup_mma(hidden, hot_s.permute((1, 0)), flying, is_async=True)
+    mbarrier.wait(v_full.index(last), ((tile - 1) // ST) & 1)
+    gathering = warpgroup_mma(weights, v_s.index(last), acc, is_async=True)
+    s = warpgroup_mma_wait(1, deps=(flying,))
+    meet()
+    mbarrier.arrive(k_free.index(slot), count=1)
+    if SHORT:
+        s = gl.where(gl.expand_dims(gl.arange(0, BN, gl.SliceLayout(0, s_lay)) < left, 0), s, NOTHING)
+    p, peak, mass, keep = absorb_plain(s, peak, mass, scale)
+    p = gl.convert_layout(p.to(k_s.dtype), gl.DotOperandLayout(0, o_lay, 2))
+    acc = warpgroup_mma_wait(0, deps=(gathering,))
+    meet()
+    mbarrier.arrive(v_free.index(last), count=1)
+    acc = acc * gl.expand_dims(gl.convert_layout(keep, gl.SliceLayout(1, o_lay)), 1)
+    return acc, p, peak, mass
+
+
+@gluon.jit
+def careful_step(
+    acc, weights, peak, mass, i, done, mine, ring, lists, sizes, hides, rows, row_ok, scale, s_lay: gl.constexpr,
+    ST: gl.constexpr, BN: gl.constexpr, UNIFORM: gl.constexpr, TILED: gl.constexpr, EVEN: gl.constexpr, PARTIAL: gl.constexpr,
+    BOX: gl.constexpr, BITS: gl.constexpr, BLOCK_BIAS: gl.constexpr, KEY_BIAS: gl.constexpr, BESIDE: gl.constexpr,
+):  # fmt: skip
+    """The same for tile i of a list with biases and masks. They need registers: unless BESIDE, P V is waited for first, and only the
+    other consumer overlaps."""
+    o_lay: gl.constexpr = acc.type.layout
+    k_s, v_s, k_full, k_free, v_full, v_free, q_full, q_free = ring
+    slot = (done + i) % ST
+    last = (done + i - 1) % ST
+    none = gl.zeros([ROWS, BN], gl.float32, s_lay)
+    mbarrier.wait(k_full.index(slot), ((done + i) // ST) & 1)
+    flying = warpgroup_mma(mine, k_s.index(slot).permute((1, 0)), none, use_acc=False, is_async=True)
+    mbarrier.wait(v_full.index(last), ((done + i - 1) // ST) & 1)
+    gathering = warpgroup_mma(weights, v_s.index(last), acc, is_async=True)
+    if BESIDE:
+        s = warpgroup_mma_wait(1, deps=(flying,))
+    else:
+        s, acc = warpgroup_mma_wait(0, deps=(flying, gathering))
+    meet()
+    mbarrier.arrive(k_free.index(slot), count=1)
+    if not BESIDE:
+        mbarrier.arrive(v_free.index(last), count=1)
+    s = scores(
+        s,
+        i,
+        lists,
+        sizes,
+        hides,
+        rows,
+        row_ok,
+        scale,
+        s_lay,
+        BN,
+        UNIFORM,
+        TILED,
+        EVEN,
+        PARTIAL,
+        BOX,
+        BITS,
+        BLOCK_BIAS,
+        KEY_BIAS,
+    )
+    p, peak, mass, keep = absorb(s, peak, mass)
+    weights = gl.convert_layout(p.to(k_s.dtype), gl.DotOperandLayout(0, o_lay, 2))
+    if BESIDE:
+        acc = warpgroup_mma_wait(0, deps=(gathering,))
+        meet()
+        mbarrier.arrive(v_free.index(last), count=1)
+    acc = acc * gl.expand_dims(gl.convert_layout(keep, gl.SliceLayout(1, o_lay)), 1)
+    return acc, weights, peak, mass
+
+
+@gluon.jit
+def finish(
+    b, h, first, start, length, acc, peak, mass, o_s, work, query, init, output,
+    WHO: gl.constexpr, D: gl.constexpr, DP: gl.constexpr, Q_ORDER: gl.constexpr, HAS_INIT: gl.constexpr, NEED_LSE: gl.constexpr,
+):  # fmt: skip
+    """Merge with what earlier calls left, divide by the mass and store, through shared memory, so that rows leave in pieces of 16 bytes."""
+    o_lay: gl.constexpr = acc.type.layout
+    o_row: gl.constexpr = gl.SliceLayout(1, o_lay)
+    s_row: gl.constexpr = peak.type.layout
+    across: gl.constexpr = DP // 8
+    io: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
+    QOrder, qo_b, qo_h = query[5], query[6], query[7]
+    Out, Lse, o_b, o_h, o_n, o_d, N = output
+    InitOut, InitLse, i_b, i_h, i_n, i_d = init
+    b64, h64 = b.to(gl.int64), h.to(gl.int64)
+    order = QOrder + b64 * qo_b + h64 * qo_h
+    line = (b64 * work[7] + h64) * N
+    local = first + WHO * ROWS + gl.arange(0, ROWS, s_row)
+    dims = gl.arange(0, DP, gl.SliceLayout(0, io))
+    local_io = first + WHO * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, io))
+    if HAS_INIT:
+        token = rows_of(order, start, local, local < length, Q_ORDER)
+        before = gl.load(InitLse + line + token, mask=(local < length) & (token >= 0), other=-float("inf")) * LOG2E
+        top = gl.maximum(peak, before)
+        own = gl.exp2(peak - top)
+        old_mass = gl.exp2(before - top)
+        mass = mass * own + old_mass
+        peak = top
+        to = rows_of(order, start, local_io, local_io < length, Q_ORDER)
+        held = gl.expand_dims((local_io < length) & (to >= 0), 1) & gl.expand_dims(dims < D, 0)
+        was = gl.expand_dims(to.to(gl.int64) * wide(i_n), 1) + gl.expand_dims(dims * i_d, 0)
+        old = gl.load(InitOut + b64 * wide(i_b) + h64 * wide(i_h) + was, mask=held, other=0.0)
+        old = gl.convert_layout(old, o_lay).to(gl.float32)
+        seen = gl.expand_dims(gl.convert_layout(old_mass, o_row), 1)
+        acc = acc * gl.expand_dims(gl.convert_layout(own, o_row), 1) + gl.where(seen > 0, old * seen, 0.0)
+    empty = peak <= LOWEST
     share = gl.where(empty, 0.0, 1.0 / gl.where(empty, 1.0, mass))
     acc = acc * gl.expand_dims(gl.convert_layout(share, o_row), 1)
     staged = o_s.index(WHO)
     meet()  # the last item's rows have left
-    staged.store(acc.to(dtype))
+    staged.store(acc.to(o_s.dtype))
     meet()
-    to = rows_of(
-        order, start, local_io, local_io < length, Q_ORDER
-    )  # looked up again: registers are what the loop is short of
-    at = gl.expand_dims(to.to(gl.int64) * o_n, 1) + gl.expand_dims(dims * o_d, 0)
+    to = rows_of(order, start, local_io, local_io < length, Q_ORDER)
+    at = gl.expand_dims(to.to(gl.int64) * wide(o_n), 1) + gl.expand_dims(dims * o_d, 0)
     held = gl.expand_dims((local_io < length) & (to >= 0), 1) & gl.expand_dims(dims < D, 0)
-    gl.store(Out + b64 * o_b + h64 * o_h + at, staged.load(io), mask=held)
+    gl.store(Out + b64 * wide(o_b) + h64 * wide(o_h) + at, staged.load(io), mask=held)
     if NEED_LSE:
+        row_ok = local < length
         token = rows_of(order, start, local, row_ok, Q_ORDER)
         lse = gl.where(empty, -float("inf"), peak * LN2 + gl.log(gl.where(empty, 1.0, mass)))
         gl.store(Lse + line + token, lse, mask=row_ok & (token >= 0))
@@ -275,23 +477,22 @@ def walk(
 
 # Not specialised: integers that change with length or plan, so that a new resolution compiles nothing.
 UNSPECIALISED = (
-    "items", "H", "N", "C", "K_WIDTH", "PK", "WORDS", "GROUP", "QSUB", "ROW_ITEMS", "ksub", "kv_stride", "guard", "scale",
+    "items", "programs", "H", "N", "PK", "WORDS", "GROUP", "QSUB", "ROW_ITEMS", "ksub", "kv_stride", "guard", "PQ", "scale",
     "k_row_b", "k_row_h", "k_col_h", "v_row_b", "v_row_h", "v_col_h", "q_row_b", "q_row_h", "q_col_h",
-    "qs_b", "qs_h", "ql_b", "ql_h", "ks_b", "ks_h", "kl_b", "kl_h", "c_b", "c_h", "f_b", "f_h", "i_b", "i_h", "qo_b", "qo_h",
-    "rb_b", "rb_h", "bb_b", "bb_h", "bb_r", "kb_b", "kb_h",
+    "ks_b", "ks_h", "kl_b", "kl_h", "r_b", "r_h", "qo_b", "qo_h", "rb_b", "rb_h", "bb_b", "bb_h", "bb_r", "kb_b", "kb_h",
 )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=UNSPECIALISED)
 def block_sparse_hopper(
     q_desc, k_desc, v_desc, Q, Out, Lse, InitOut, InitLse,
-    QStart, QLen, KvStart, KvLen, Count, NFull, Index, Dense, Every, Launch, QOrder, Low, High, Coord, RowBits, BlockBias, KeyBias,
+    KvStart, KvLen, Index, Rows, Every, QOrder, Low, High, Coord, Hot, Dims, RowBits, BlockBias, KeyBias,
     q_row_b, q_row_h, q_col_h, k_row_b, k_row_h, k_col_h, v_row_b, v_row_h, v_col_h,
     q_b, q_h, q_n, q_d, o_b, o_h, o_n, o_d, io_b, io_h, io_n, io_d,
-    qs_b, qs_h, ql_b, ql_h, ks_b, ks_h, kl_b, kl_h, c_b, c_h, f_b, f_h, i_b, i_h, qo_b, qo_h, rb_b, rb_h, bb_b, bb_h, bb_r, kb_b, kb_h,
-    scale, items, H, N, C, K_WIDTH, PK, WORDS, GROUP, QSUB, ROW_ITEMS, ksub, kv_stride, guard,
+    ks_b, ks_h, kl_b, kl_h, r_b, r_h, qo_b, qo_h, rb_b, rb_h, bb_b, bb_h, bb_r, kb_b, kb_h,
+    scale, items, programs, H, N, PK, WORDS, GROUP, QSUB, ROW_ITEMS, ksub, kv_stride, guard, PQ,
     D: gl.constexpr, DP: gl.constexpr, BN: gl.constexpr, ST: gl.constexpr, EVEN: gl.constexpr, UNIFORM: gl.constexpr,
-    TILED: gl.constexpr, HAS_PARTIAL: gl.constexpr, BOX: gl.constexpr, BITS: gl.constexpr, BLOCK_BIAS: gl.constexpr,
+    TILED: gl.constexpr, HAS_PARTIAL: gl.constexpr, BOX: gl.constexpr, CELLS: gl.constexpr, BITS: gl.constexpr, BLOCK_BIAS: gl.constexpr,
     KEY_BIAS: gl.constexpr, HAS_DENSE: gl.constexpr, Q_ORDER: gl.constexpr, Q_TMA: gl.constexpr, HAS_INIT: gl.constexpr,
     NEED_LSE: gl.constexpr,
 ):  # fmt: skip
@@ -315,11 +516,23 @@ def block_sparse_hopper(
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_free.index(i), count=1)
 
+    hot_s = k_s
+    if CELLS:  # every tile's mask product has this factor
+        hot_lay: gl.constexpr = gl.BlockedLayout([1, 8], [64 // CELLS * 4, CELLS // 8], [gl.num_warps(), 1], [1, 0])
+        hot_at = gl.expand_dims(gl.arange(0, BN, gl.SliceLayout(1, hot_lay)) * CELLS, 1) + gl.expand_dims(
+            gl.arange(0, CELLS, gl.SliceLayout(0, hot_lay)), 0
+        )
+        hot_s = gl.allocate_shared_memory(
+            gl.bfloat16,
+            [BN, CELLS],
+            gl.NVMMASharedLayout.get_default_for([BN, CELLS], gl.bfloat16),
+            gl.load(Hot + hot_at),
+        )
+        fence_async_shared()
+        meet()
+    cells = (hot_s, Dims, PQ)
     ring = (k_s, v_s, k_full, k_free, v_full, v_free, q_full, q_free)
-    starts = (Launch, QStart, QLen, qs_b, qs_h, ql_b, ql_h)
-    lists = (Index, Every, i_b, i_h)
-    counts = (Dense, NFull, Count, f_b, f_h, c_b, c_h)
-    work = (starts, lists, counts, C, K_WIDTH, QSUB, ROW_ITEMS, H)
+    work = (Rows, r_b, r_h, Index, Every, QSUB, ROW_ITEMS, H)
     blocks = (KvStart, KvLen, ks_b, ks_h, kl_b, kl_h)
     sizes = (ksub, kv_stride, PK, GROUP)
     place = (k_row_b, k_row_h, k_col_h, v_row_b, v_row_h, v_col_h, q_row_b, q_row_h, q_col_h)
@@ -329,11 +542,11 @@ def block_sparse_hopper(
     output = (Out, Lse, o_b, o_h, o_n, o_d, N)
     gl.warp_specialize(
         [
-            (consumer, (q_s, o_s, ring, items, work, blocks, sizes, masks, query, init, output, scale, 0, ST, D, DP, BN, UNIFORM, TILED,
-                        EVEN, HAS_PARTIAL, BOX, BITS, BLOCK_BIAS, KEY_BIAS, HAS_DENSE, Q_ORDER, Q_TMA, HAS_INIT, NEED_LSE)),
-            (consumer, (q_s, o_s, ring, items, work, blocks, sizes, masks, query, init, output, scale, 1, ST, D, DP, BN, UNIFORM, TILED,
-                        EVEN, HAS_PARTIAL, BOX, BITS, BLOCK_BIAS, KEY_BIAS, HAS_DENSE, Q_ORDER, Q_TMA, HAS_INIT, NEED_LSE)),
-            (producer, (q_desc, k_desc, v_desc, q_s, ring, items, work, blocks, sizes, place, ST, BN, UNIFORM, TILED, HAS_PARTIAL, HAS_DENSE, Q_TMA)),
+            (consumer, (q_s, o_s, ring, items, programs, work, blocks, sizes, masks, cells, query, init, output, scale, 0, ST, D, DP, BN, UNIFORM, TILED,
+                        EVEN, HAS_PARTIAL, BOX, CELLS, BITS, BLOCK_BIAS, KEY_BIAS, HAS_DENSE, Q_ORDER, Q_TMA, HAS_INIT, NEED_LSE)),
+            (consumer, (q_s, o_s, ring, items, programs, work, blocks, sizes, masks, cells, query, init, output, scale, 1, ST, D, DP, BN, UNIFORM, TILED,
+                        EVEN, HAS_PARTIAL, BOX, CELLS, BITS, BLOCK_BIAS, KEY_BIAS, HAS_DENSE, Q_ORDER, Q_TMA, HAS_INIT, NEED_LSE)),
+            (producer, (q_desc, k_desc, v_desc, q_s, ring, items, programs, work, blocks, sizes, place, ST, BN, UNIFORM, HAS_PARTIAL, HAS_DENSE, Q_TMA)),
         ],
         [4, 1],
         [240, 24],

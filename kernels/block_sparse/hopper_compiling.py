@@ -19,7 +19,7 @@ from foveal.kernels.block_sparse.hopper import block_sparse_hopper
 from foveal.kernels.block_sparse.hopper_call import RING
 
 SWITCHES = (
-    "Q_TMA", "EVEN", "UNIFORM", "TILED", "HAS_PARTIAL", "BOX", "BITS", "BLOCK_BIAS", "KEY_BIAS", "HAS_DENSE", "Q_ORDER", "HAS_INIT", "NEED_LSE",
+    "Q_TMA", "EVEN", "UNIFORM", "TILED", "HAS_PARTIAL", "BOX", "CELLS", "BITS", "BLOCK_BIAS", "KEY_BIAS", "HAS_DENSE", "Q_ORDER", "HAS_INIT", "NEED_LSE",
 )  # fmt: skip
 FEATURES: dict[str, set[str]] = {
     "plain": {"EVEN", "UNIFORM", "TILED", "HAS_DENSE", "Q_TMA"},
@@ -28,7 +28,8 @@ FEATURES: dict[str, set[str]] = {
     "biased": {"BLOCK_BIAS", "KEY_BIAS", "NEED_LSE"},
     "resumed": {"UNIFORM", "TILED", "HAS_INIT", "NEED_LSE", "Q_TMA"},
     "masked": {"HAS_PARTIAL", "BOX", "UNIFORM", "TILED", "HAS_DENSE", "Q_TMA"},
-    "everything": set(SWITCHES) - {"EVEN", "UNIFORM", "TILED", "Q_TMA"},
+    "cells": {"HAS_PARTIAL", "BOX", "CELLS", "UNIFORM", "TILED", "HAS_DENSE", "Q_TMA"},
+    "everything": set(SWITCHES) - {"EVEN", "UNIFORM", "TILED", "CELLS", "Q_TMA"},
 }
 VARIANTS = (
     ("bf16", 128, 128, "plain"),
@@ -39,6 +40,7 @@ VARIANTS = (
     ("bf16", 64, 128, "plain"),
     ("bf16", 128, 64, "plain"),
     ("bf16", 128, 64, "masked"),
+    ("bf16", 128, 128, "cells"),
     ("bf16", 128, 64, "everything"),
     ("bf16", 64, 64, "everything"),
 )  # dtype, head dim, keys of a tile, feature
@@ -52,6 +54,8 @@ def kind_of(name: str, dtype: str, dim: int, keys: int) -> str:
         return f"tensordesc<{dtype}[{rows},{dim}],{layout!r}>"
     if name in ("Q", "Out", "InitOut"):
         return f"*{dtype}"
+    if name == "Hot":
+        return "*bf16"
     if name in ("Lse", "InitLse", "BlockBias", "KeyBias"):
         return "*fp32"
     if name == "scale":
@@ -62,6 +66,7 @@ def kind_of(name: str, dtype: str, dim: int, keys: int) -> str:
 def compile_hopper(dtype: str, head_dim: int, keys: int, feature: str) -> Usage:
     dim = 64 if head_dim <= 64 else 128
     constants: dict[str, Any] = {name: name in FEATURES[feature] for name in SWITCHES}
+    constants["CELLS"] = 16 * constants["CELLS"]
     constants |= {"D": head_dim, "DP": dim, "BN": keys, "ST": RING[dim, keys], "q_d": 1, "o_d": 1, "io_d": 1}
     names = block_sparse_hopper.arg_names
     signature = {n: "constexpr" if n in constants else kind_of(n, dtype, dim, keys) for n in names}
@@ -73,7 +78,7 @@ def compile_hopper(dtype: str, head_dim: int, keys: int, feature: str) -> Usage:
         {(i,): [["tt.divisibility", 16]] for i in wide},
     )
     kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "maxnreg": 168})
-    registers, spill = assembled(kernel.asm["ptx"], 90)
+    registers, spill = assembled(kernel.asm["ptx"], 90, overlapping=True)
     return Usage(90, dtype, head_dim, f"{feature} {keys}", kernel.metadata.shared, registers, spill)
 
 

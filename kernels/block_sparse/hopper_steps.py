@@ -11,6 +11,9 @@ from triton.experimental.gluon import language as gl
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 NOTHING = gl.constexpr(-1.2676506002282294e30)  # -2^100: what a mask hides; the reasons stand in portable.py
+# Where the peak starts: above all that masks hide, so that hidden keys weigh exactly nothing even in a row that sees no other yet.
+# (Were it below, the multiply-add of scale and peak could round to a large positive exponent.) Scores below it count as hidden.
+LOWEST = gl.constexpr(-1.0e20)
 ROWS = gl.constexpr(64)  # query rows of a consumer
 
 if hasattr(gl, "barrier"):
@@ -45,49 +48,97 @@ def tile_at(i, ksub, listing, starts, lengths, kv_stride, PK, UNIFORM: gl.conste
 
 
 @gluon.jit
-def item_at(
-    item,
-    starts,
-    lists,
-    counts,
-    C,
-    K_WIDTH,
-    QSUB,
-    ROW_ITEMS,
-    H,
-    ksub,
-    HAS_PARTIAL: gl.constexpr,
-    HAS_DENSE: gl.constexpr,
-):
-    """-> batch, head, query block, first row inside it, its start and length, its list, full and all tiles of the list"""
-    Launch, QStart, QLen, qs_b, qs_h, ql_b, ql_h = starts
-    Index, Every, i_b, i_h = lists
-    Dense, NFull, Count, f_b, f_h, c_b, c_h = counts
+def block_start(c, starts, kv_stride, UNIFORM: gl.constexpr):
+    """First position of key block c."""
+    if UNIFORM:
+        return c * kv_stride
+    else:
+        return gl.load(starts + c)
+
+
+@gluon.jit
+def keys_left(c, sub, lengths, kv_stride, PK, BN: gl.constexpr, TILED: gl.constexpr):
+    """How many keys of key block c lie in its tile ``sub`` or behind it."""
+    if TILED:
+        size = gl.minimum(kv_stride, PK - c * kv_stride)
+    else:
+        size = gl.load(lengths + c)
+    return size - sub * BN
+
+
+@gluon.jit
+def next_tile(listing, sub, ksub):
+    """The entry and the tile in it that follow."""
+    turn = sub + 1 == ksub
+    return gl.where(turn, listing + 1, listing), gl.where(turn, 0, sub + 1)
+
+
+@gluon.jit
+def this_program(any_integer):
+    """``gl.program_id(0)``, read where it is asked for: read ahead of the branch into roles it would not fit the producer's registers."""
+    return gl.inline_asm_elementwise("mov.u32 $0, %ctaid.x;", "=r,r", [any_integer], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def item_at(item, work, ksub, HAS_PARTIAL: gl.constexpr, HAS_DENSE: gl.constexpr):
+    """-> batch, head, query block, first row inside it, its start and length, its list, full tiles and masked ones"""
+    Rows, r_b, r_h, Index, Every, QSUB, ROW_ITEMS, H = work
     head = item // ROW_ITEMS
-    row = item % ROW_ITEMS
     b = head // H
     h = head % H
-    r = gl.load(Launch + row // QSUB)
-    first = (row % QSUB) * (2 * ROWS)
-    start = gl.load(QStart + b * qs_b + h * qs_h + r)
-    length = gl.load(QLen + b * ql_b + h * ql_h + r)
-    listing = Index + b.to(gl.int64) * i_b + h.to(gl.int64) * i_h + r.to(gl.int64) * K_WIDTH
-    n_full = gl.load(NFull + b * f_b + h * f_h + r)
+    row = item % ROW_ITEMS
+    facts = Rows + b * r_b + h * r_h + row // QSUB * 8
+    first = row % QSUB * (2 * ROWS)
+    r = gl.load(facts)
+    start = gl.load(facts + 1)
+    length = gl.load(facts + 2)
+    n_full = gl.load(facts + 3)
     total = n_full
     if HAS_PARTIAL:
-        total = gl.load(Count + b * c_b + h * c_h + r)
+        total = gl.load(facts + 4)
+    listing = Index + gl.load((facts + 6).to(gl.pointer_type(gl.int64)))
     if HAS_DENSE:
-        dense = gl.load(Dense + r) != 0
-        n_full = gl.where(dense, C, n_full)
-        total = gl.where(dense, C, total)
-        listing = gl.where(dense, Every, listing)
+        listing = gl.where(gl.load(facts + 5) != 0, Every, listing)
     live = first < length  # blocks shorter than the longest leave their last items without rows
-    return b, h, r, first, start, length, listing, gl.where(live, n_full * ksub, 0), gl.where(live, total * ksub, 0)
+    # Not full and all: without masks these are one value, and loops that carry one value twice are compiled wrongly (triton 3.6).
+    masked = (total - n_full) * ksub
+    return b, h, r, first, start, length, listing, gl.where(live, n_full * ksub, 0), gl.where(live, masked, 0)
+
+
+@gluon.jit
+def cell_bounds(Low, High, Dims, PQ, start, first, length, s_lay: gl.constexpr, CELLS: gl.constexpr):
+    """Bounds of 64 queries, from a block's origin, for every place of the cells' one-hot vectors. -> int32 [64, CELLS]
+
+    high in the upper half of a word and low in the lower one: registers are short, and coordinates are below 2^14.
+    """
+    lay: gl.constexpr = gl.DotOperandLayout(0, s_lay, 2)
+    local = gl.expand_dims(first + gl.arange(0, ROWS, gl.SliceLayout(1, lay)), 1)
+    places = gl.arange(0, CELLS, gl.SliceLayout(0, lay))
+    axis = gl.expand_dims(gl.load(Dims + places), 0)
+    offset = gl.expand_dims(gl.load(Dims + CELLS + places), 0)
+    at = axis * PQ + start + local
+    low = gl.load(Low + at, mask=local < length, other=0)
+    high = gl.load(High + at, mask=local < length, other=0)
+    return ((high - offset) << 16) | ((low - offset) & 0xFFFF)
+
+
+@gluon.jit
+def cell_origin(c, Origin, s_lay: gl.constexpr, CELLS: gl.constexpr):
+    """The first key's coordinate on the axis of every place. -> int32 [1, CELLS]"""
+    lay: gl.constexpr = gl.DotOperandLayout(0, s_lay, 2)
+    return gl.expand_dims(gl.load(Origin + c * CELLS + gl.arange(0, CELLS, gl.SliceLayout(0, lay))), 0)
+
+
+@gluon.jit
+def cell_hidden(origin, bounds):
+    """0 where a place lies inside the window, else -2^100. -> bf16 [64, CELLS]"""
+    inside = (origin >= ((bounds << 16) >> 16)) & (origin < (bounds >> 16))
+    return gl.where(inside, 0.0, NOTHING).to(gl.bfloat16)
 
 
 @gluon.jit
 def scores(
-    s, i, n_full, lists, sizes, masks, rows, row_ok, scale, s_lay: gl.constexpr, BN: gl.constexpr,
+    s, i, lists, sizes, masks, rows, row_ok, scale, s_lay: gl.constexpr, BN: gl.constexpr,
     UNIFORM: gl.constexpr, TILED: gl.constexpr, EVEN: gl.constexpr, PARTIAL: gl.constexpr, BOX: gl.constexpr,
     BITS: gl.constexpr, BLOCK_BIAS: gl.constexpr, KEY_BIAS: gl.constexpr,
 ):  # fmt: skip
@@ -153,3 +204,14 @@ def rows_of(order, start, local, in_block, Q_ORDER: gl.constexpr):
         return gl.load(order + start + local, mask=in_block, other=-1)
     else:
         return start + local
+
+
+@gluon.jit
+def wide(stride):
+    """A stride in 64 bits, extended by zeros, as none is negative: copies of its sign would fill registers all along the kernel."""
+    if isinstance(stride, gl.constexpr):
+        return stride
+    elif stride.dtype == gl.int32:
+        return stride.to(gl.uint32).to(gl.uint64).to(gl.int64)
+    else:
+        return stride

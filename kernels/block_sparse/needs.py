@@ -13,6 +13,7 @@ from foveal.kernels.block_sparse.plan import BlockPlan
 from foveal.kernels.block_sparse.plan_forms import fields
 from foveal.kernels.block_sparse.tiles import hopper_keys, row_table, worth
 
+LEAST_SCALE = 1e-6  # times -2^100 it still hides a key
 HALF = (torch.float16, torch.bfloat16)
 FLOATS = (*HALF, torch.float32)
 # Facts of the process, so that compiled graphs need not ask. Triton's interpreter runs its kernels on the CPU, for tests.
@@ -80,8 +81,8 @@ class Needs:
             return "it takes no proxies"
         if not self.rows:
             return None
-        if scale is not None and scale <= 0:
-            return f"the scale {scale} is not positive"
+        if scale is not None and scale < LEAST_SCALE:
+            return f"the scale {scale} is below {LEAST_SCALE}"
         if plan.box is not None and fields(plan.box) is None:
             return "the box mask's coordinates need more than 32 bits"
         permuted = plan.kv_order is not None and not plan.ordered  # then keys are copied, and lie well

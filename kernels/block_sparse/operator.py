@@ -25,6 +25,8 @@ def run(
     name: str, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, need_lse: bool, init: Init | None
 ) -> tuple[Tensor, Tensor | None]:
     """Run one implementation, outside autocast: it would change dtypes inside. -> (out with q's strides, lse or None)."""
+    if not torch.is_autocast_enabled(q.device.type):  # entering the context costs more than asking
+        return _run(name, q, k, v, plan, scale, need_lse, init)
     with torch.autocast(q.device.type, enabled=False):
         return _run(name, q, k, v, plan, scale, need_lse, init)
 
@@ -69,7 +71,10 @@ def flatten(plan: BlockPlan) -> tuple[list[Tensor], str, list[int]]:
     ranges = [x for pair in plan.dense_rows for x in pair]
     sizes = [plan.n_queries, plan.n_keys, plan.max_q_len, plan.max_kv_len, int(bool(plan.covers)), int(plan.ordered)]
     spans = [x for pair in (plan.box.span or () if plan.box is not None else ()) for x in pair]
-    sizes += [int(bool(plan.tiled)), plan.kv_stride, len(spans), *spans, *ranges]
+    cell = () if plan.box is None or plan.box.cell is None else plan.box.cell
+    cells = [x for axis in cell for x in axis]
+    sizes += [-1 if plan.spread is None else round(1000 * plan.spread)]
+    sizes += [int(bool(plan.tiled)), plan.kv_stride, len(spans), *spans, len(cell), len(cells), *cells, *ranges]
     return list(live.values()), ",".join(live), sizes
 
 
@@ -77,15 +82,18 @@ def unflatten(
     tensors: list[Tensor], fields: str, sizes: list[int], proxy_k: Tensor | None, proxy_v: Tensor | None
 ) -> BlockPlan:
     named: dict[str, Any] = dict(zip(fields.split(","), tensors, strict=True))
-    spans, ranges = sizes[9 : 9 + sizes[8]], sizes[9 + sizes[8] :]
+    spans, rest = sizes[10 : 10 + sizes[9]], sizes[10 + sizes[9] :]
+    axes, cells, ranges = rest[0], rest[2 : 2 + rest[1]], rest[2 + rest[1] :]
+    width = len(cells) // max(1, axes)
+    cell = tuple(tuple(cells[i * width : (i + 1) * width]) for i in range(axes)) or None
     box = None
     if "low" in named:
-        box = Box(named.pop("low"), named.pop("high"), named.pop("coord"), span=tuple(pairs(spans)))
+        box = Box(named.pop("low"), named.pop("high"), named.pop("coord"), span=tuple(pairs(spans)), cell=cell)
     n, var = named.pop("proxy_n", None), named.pop("proxy_var", None)
     proxies = None if proxy_k is None or proxy_v is None else Proxies(proxy_k, proxy_v, n, var)
     return BlockPlan(
         n_queries=sizes[0], n_keys=sizes[1], max_q_len=sizes[2], max_kv_len=sizes[3], covers=bool(sizes[4]), ordered=bool(sizes[5]),
-        tiled=bool(sizes[6]), kv_stride=sizes[7],
+        spread=None if sizes[6] < 0 else sizes[6] / 1000, tiled=bool(sizes[7]), kv_stride=sizes[8],
         dense_rows=tuple(pairs(ranges)), box=box, proxies=proxies, trusted=True, **named,
     )  # fmt: skip
 

@@ -29,12 +29,15 @@ class Box:
 
     low, high: [A, Pq] int16; coord: [A, Pk] int16; both in plan positions. A residue class (dilation) is one more axis.
     span: host fact, smallest and largest coordinate of every axis; worked out here unless the maker gives it.
+    cell: host fact or None: the keys of every block that is a partial entry lie at the coordinates of its first key plus ``cell[a]``, one
+    number for each key of the block, the same for all blocks. Tensor cores can mask then.
     """
 
     low: Tensor
     high: Tensor
     coord: Tensor
     span: tuple[tuple[int, int], ...] | None = None
+    cell: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         if self.span is None and self.coord.ndim == 2 and self.coord.shape[1]:
@@ -42,7 +45,7 @@ class Box:
             object.__setattr__(self, "span", tuple((low, high) for low, high in ends))
 
     def to(self, device: torch.device | str) -> Box:
-        return Box(self.low.to(device), self.high.to(device), self.coord.to(device), self.span)
+        return Box(self.low.to(device), self.high.to(device), self.coord.to(device), self.span, self.cell)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +87,8 @@ class BlockPlan:
                     whether blocks cover all queries; the spacing of key blocks when block c starts at c * kv_stride (else 0);
                     and whether every key block then fills its spacing, the last one cut by the end of the sequence.
                     Without them a plan made on a device waits once.
+    spread              host fact: standard deviation / mean of the lengths of all lists, dense rows included, worked out here unless
+                    ``trusted``; None, not known, is taken as large: work is then shared out as it comes, not in advance
     pairs               attended (query, key) pairs of one head after every mask, when the maker knows it
     trusted             True skips the value checks (shapes are always checked): for makers that guarantee them, and that put
                     -inf in key_bias where kv_order is -1
@@ -116,6 +121,7 @@ class BlockPlan:
     covers: bool | None = None
     kv_stride: int = -1
     tiled: bool | None = None
+    spread: float | None = None
     pairs: int | None = None
     label: str = ""
     trusted: bool = False
@@ -128,6 +134,8 @@ class BlockPlan:
         checks.check_shapes(self)
         if not self.trusted:
             checks.check_values(self)
+            if self.spread is None:
+                object.__setattr__(self, "spread", counting.spread(self))
             object.__setattr__(self, "key_bias", checks.without_padding(self))
             object.__setattr__(self, "trusted", True)
         if self.max_q_len < 0:
@@ -202,13 +210,17 @@ class BlockPlan:
                 moved[field.name] = value.to(device)
         return dataclasses.replace(self, **moved)
 
-    def with_kv_len(self, kv_len: Tensor, max_kv_len: int | None = None) -> BlockPlan:
+    def with_kv_len(self, kv_len: Tensor, max_kv_len: int | None = None, *, same_cells: bool = False) -> BlockPlan:
         """The same plan with other valid key counts, [C], [B, C] or [B, H, C] int32, e.g. a prompt length per sample.
 
-        Never waits for the device. ``max_kv_len`` bounds the new lengths (default: the present bound).
+        Never waits for the device. ``max_kv_len`` bounds the new lengths (default: the present bound). ``same_cells``: blocks that are
+        partial entries keep their lengths, so that ``box.cell`` still holds.
         """
         bound = self.max_kv_len if max_kv_len is None else max_kv_len
-        return dataclasses.replace(self, kv_len=kv_len, max_kv_len=bound, tiled=False, pairs=None, trusted=True)
+        box = self.box if self.box is None or same_cells else dataclasses.replace(self.box, cell=None)
+        return dataclasses.replace(
+            self, kv_len=kv_len, max_kv_len=bound, tiled=False, pairs=None, trusted=True, box=box
+        )
 
     def complement(self) -> BlockPlan:
         """The plan that visits exactly the blocks this one does not. Biases stay; proxies go.

@@ -15,6 +15,7 @@ from foveal.kernels.block_sparse import counting
 from foveal.kernels.block_sparse.plan import BlockPlan, Box
 
 Form = TypeVar("Form")
+OUTSIDE = 1 << 14  # above every coordinate
 
 
 def derived(plan: BlockPlan, name: str, make: Callable[[BlockPlan], Form]) -> Form:
@@ -45,9 +46,27 @@ def every_block(plan: BlockPlan) -> Tensor:
 
 
 def launch_order(plan: BlockPlan) -> Tensor:
-    """Query blocks, longest list first. -> int32 [R]"""
-    cost = plan.count.amax((0, 1)) + counting.dense_row_mask(plan) * plan.n_kv_blocks
-    return torch.argsort(cost, dim=0, descending=True, stable=True).to(torch.int32)
+    """Query blocks of every head, longest list first. -> int32 [Bm, Hm, R]"""
+    cost = torch.where(counting.dense_row_mask(plan), plan.n_kv_blocks, plan.count)
+    return torch.argsort(cost, dim=-1, descending=True, stable=True).to(torch.int32)
+
+
+def row_facts(plan: BlockPlan) -> Tensor:
+    """All that a kernel asks of a query block, in ``launch_order``. -> int32 [Bm, Hm, R, 8]
+
+    The block, its start and length, its full and all entries, whether it is dense (then these are all blocks), and in two words where
+    its list begins in ``index``.
+    """
+    dense = counting.dense_row_mask(plan)
+    which = torch.arange(plan.n_q_blocks, dtype=torch.int32, device=plan.device)
+    entries = [torch.where(dense, plan.n_kv_blocks, x) for x in (plan.n_full, plan.count)]
+    width = plan.index.shape[-1]
+    lists = torch.arange(plan.index.shape[:3].numel(), device=plan.device).view(plan.index.shape[:3]) * width
+    words = lists.view(torch.int32).unflatten(-1, (-1, 2)).unbind(-1)
+    table = torch.stack(torch.broadcast_tensors(which, plan.q_start, plan.q_len, *entries, dense.int(), *words), -1)
+    order = launch_order(plan).long()
+    shape = torch.broadcast_shapes(table.shape[:3], order.shape)
+    return table.expand(*shape, 8).gather(2, order.expand(shape)[..., None].expand(*shape, 8))
 
 
 def listed_words(plan: BlockPlan) -> Tensor:
@@ -118,3 +137,54 @@ def packed_box(plan: BlockPlan) -> PackedBox | None:
 def _word(x: Tensor) -> Tensor:
     """The low 32 bits, as a signed integer."""
     return ((x + (1 << 31)) % (1 << 32) - (1 << 31)).to(torch.int32)
+
+
+class Cells(NamedTuple):
+    """A box mask as a product: ``hidden @ hot.T``, where ``hot`` [BN, W] marks the place of each key of a block along every axis.
+
+    low, high int32 [A, Pq]; origin int32 [C, W], the first key's coordinate on the axis of each place; dims int32 [2, W], the axis and
+    the offset of each place. Of W places those that stand for nothing are never used, but for one that hides what lies behind a block.
+    """
+
+    low: Tensor
+    high: Tensor
+    origin: Tensor
+    hot: Tensor
+    dims: Tensor
+
+
+def cells(plan: BlockPlan, keys: int) -> Cells:
+    """For tiles of ``keys``; only where ``cell_width`` finds room."""
+    box, width = plan.box, cell_width(plan, keys)
+    assert box is not None and box.cell is not None and width
+    places = [(axis, offset) for axis, cell in enumerate(box.cell) for offset in range(max(cell) + 1)]
+    n = len(box.cell[0])
+    hot = torch.zeros(keys, width)
+    for i, (axis, offset) in enumerate(places):
+        hot[:n, i] = torch.tensor([float(x == offset) for x in box.cell[axis]])
+    if n < keys:
+        hot[n:, len(places)] = 1
+    places += [(0, -OUTSIDE)] * (width - len(places))
+    axes, offsets = (list(x) for x in zip(*places, strict=True))
+    at = plan.kv_start.reshape(-1)[: plan.n_kv_blocks].long().clamp(max=plan.kv_positions - 1)
+    origin = box.coord[:, at][axes].mT.to(torch.int32).contiguous()
+    low, high = (x.clamp(0, OUTSIDE // 2).to(torch.int32).contiguous() for x in (box.low, box.high))
+    dims = torch.tensor([axes, offsets], dtype=torch.int32)
+    return Cells(low, high, origin, hot.to(plan.device, torch.bfloat16), dims.to(plan.device))
+
+
+def cell_width(plan: BlockPlan, keys: int) -> int:
+    """Places that a box mask takes as a product in tiles of ``keys``, 16 or 32; 0 where it cannot be one, or another mask is there too."""
+    box = plan.box
+    alone = plan.row_bits is None and plan.block_bias is None and plan.key_bias is None
+    if box is None or box.cell is None or not alone or plan.max_kv_len > keys or plan.kv_start.shape[:2] != (1, 1):
+        return 0
+    n = len(box.cell[0])
+    if (
+        n > keys
+        or any(min(cell) < 0 for cell in box.cell)
+        or any(low < 0 or high >= OUTSIDE // 2 for low, high in box.span or ())
+    ):
+        return 0
+    places = sum(max(cell) + 1 for cell in box.cell) + (n < keys)
+    return 0 if places > 32 else 32 if places > 16 else 16

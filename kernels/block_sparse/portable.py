@@ -87,7 +87,7 @@ def listed_block(listing, slot, last):
 UNSPECIALISED = (
     "H", "N", "C", "K_WIDTH", "PQ", "PK", "WORDS", "GROUP", "QSUB", "ksub_any", "kv_stride", "scale",
     "qs_b", "qs_h", "ql_b", "ql_h", "ks_b", "ks_h", "kl_b", "kl_h", "c_b", "c_h", "f_b", "f_h", "i_b", "i_h", "qo_b", "qo_h",
-    "rb_b", "rb_h", "bb_b", "bb_h", "bb_r", "kb_b", "kb_h", "pn_b", "pn_h", "li_b", "li_h",
+    "rb_b", "rb_h", "bb_b", "bb_h", "bb_r", "kb_b", "kb_h", "pn_b", "pn_h", "li_b", "li_h", "lo_b", "lo_h",
 )  # fmt: skip
 
 
@@ -97,17 +97,17 @@ def block_sparse_forward(
     QStart, QLen, KvStart, KvLen, Count, NFull, Index, Dense, Every, Launch, QOrder, Low, High, Coord, RowBits, BlockBias, KeyBias,
     ProxyK, ProxyV, ProxyN, ProxyVar, Listed,
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, o_b, o_h, o_n, o_d, io_b, io_h, io_n, io_d, p_b, p_h, p_c, pv_b, pv_h, pv_c, var_b, var_h, var_c,
-    qs_b, qs_h, ql_b, ql_h, ks_b, ks_h, kl_b, kl_h, c_b, c_h, f_b, f_h, i_b, i_h, qo_b, qo_h, rb_b, rb_h, bb_b, bb_h, bb_r, kb_b, kb_h, pn_b, pn_h, li_b, li_h,
+    qs_b, qs_h, ql_b, ql_h, ks_b, ks_h, kl_b, kl_h, c_b, c_h, f_b, f_h, i_b, i_h, qo_b, qo_h, rb_b, rb_h, bb_b, bb_h, bb_r, kb_b, kb_h, pn_b, pn_h, li_b, li_h, lo_b, lo_h,
     scale, H, N, C, K_WIDTH, PQ, PK, WORDS, GROUP, QSUB, ksub_any, kv_stride,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, KSUB: tl.constexpr, STAGES: tl.constexpr,
     EVEN: tl.constexpr, UNIFORM: tl.constexpr, TILED: tl.constexpr, HAS_PARTIAL: tl.constexpr, AXES: tl.constexpr, HAS_BITS: tl.constexpr, HAS_BLOCK_BIAS: tl.constexpr,
     HAS_KEY_BIAS: tl.constexpr, HAS_PROXIES: tl.constexpr, HAS_VAR: tl.constexpr, HAS_DENSE: tl.constexpr, HAS_Q_ORDER: tl.constexpr,
     HAS_INIT: tl.constexpr, NEED_LSE: tl.constexpr, POSITIVE: tl.constexpr,
 ):  # fmt: skip
-    r = tl.load(Launch + tl.program_id(0) // QSUB)
     sub = tl.program_id(0) % QSUB
     b = tl.program_id(1) // H
     h = tl.program_id(1) % H
+    r = tl.load(Launch + b * lo_b + h * lo_h + tl.program_id(0) // QSUB)
     b64, h64 = b.to(tl.int64), h.to(tl.int64)
     hk = h64 // GROUP
     length = tl.load(QLen + b * ql_b + h * ql_h + r)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import resources
 
 from foveal.kernels.block_sparse.plan import BlockPlan
+from foveal.kernels.block_sparse.plan_forms import cell_width
 
 # Measured speed of a full tile relative to dense attention, by implementation and keys of a tile (H100, 128-token blocks).
 SPEED = {"hopper": {128: 1.0, 64: 0.85}, "triton": {64: 0.7}}
@@ -67,6 +68,8 @@ def worth(name: str, plan: BlockPlan, keys: int) -> float:
 
 def hopper_keys(plan: BlockPlan) -> int:
     """Keys of a tile of the Hopper kernel: 64 where masks or biases need registers, or blocks are short; else 128."""
+    if cell_width(plan, 128):
+        return 128
     if plan.has_pair_masks or plan.block_bias is not None or plan.key_bias is not None:
         return 64
     return 64 if worth("hopper", plan, 64) > worth("hopper", plan, 128) else 128

@@ -1,5 +1,6 @@
 """Rules that keep some key blocks of every row. All are pure functions of scores or probabilities, on the device.
 
+On a GPU a kernel finds the weakest block that is kept (bisection.py); elsewhere, and for rows too wide for it, a stable sort does.
 Letters as in scoring.py.
 """
 
@@ -10,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+WIDEST = 16384  # blocks of a row that one program of the Triton kernel holds
 PrefixRule = Literal["cross", "under"]
 
 
@@ -22,6 +24,10 @@ def keep_top_k(scores: Tensor, k: int | Tensor) -> Tensor:
         if k < 1:
             raise ValueError(f"k is {k}; every row keeps at least one block.")
         k = min(k, scores.shape[-1])
+    if on_card(scores):
+        from foveal.kernels.selection.bisection import keep_best
+
+        return keep_best(scores, k)
     rank = ranks(scores)
     limit = k if isinstance(k, int) else k.clamp(min=1)[..., None]
     return (rank < limit) & (scores > -torch.inf)
@@ -36,6 +42,10 @@ def keep_top_p(probabilities: Tensor, p: float | Tensor, *, rule: PrefixRule = "
     """
     if isinstance(p, (int, float)) and not 0 < p <= 1:
         raise ValueError(f"p is {p}; the mass to keep lies in (0, 1].")
+    if on_card(probabilities):
+        from foveal.kernels.selection.bisection import keep_best
+
+        return keep_best(probabilities, p, mass=True, under=rule == "under", least=least)
     mass, index = torch.sort(probabilities.float(), dim=-1, descending=True, stable=True)
     up_to = mass.cumsum(-1)
     limit = p[..., None] if isinstance(p, Tensor) else p
@@ -44,6 +54,12 @@ def keep_top_p(probabilities: Tensor, p: float | Tensor, *, rule: PrefixRule = "
     kept = kept | (limit >= 1)
     kept = (kept | (torch.arange(mass.shape[-1], device=mass.device) < max(1, least))) & (mass > 0)
     return torch.zeros_like(kept).scatter_(-1, index, kept)
+
+
+def on_card(x: Tensor) -> bool:
+    """Whether rows of x [B, H, R, C] are kept by the Triton kernel."""
+    fits = x.ndim == 4 and 0 < x.shape[-1] <= WIDEST
+    return fits and x.is_cuda and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
 
 
 def ranks(scores: Tensor) -> Tensor:

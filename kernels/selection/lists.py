@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foveal.kernels.selection.keeping import PrefixRule, keep_top_k, keep_top_p, on_card
+
 
 @dataclass(frozen=True)
 class BlockLists:
@@ -44,3 +46,26 @@ def block_lists(keep: Tensor, *, width: int | None = None, scores: Tensor | None
     index = torch.zeros(*keep.shape[:-1], width + 1, dtype=torch.int32, device=keep.device)
     index.scatter_(-1, slot, torch.arange(c, dtype=torch.int32, device=keep.device).expand_as(keep))
     return BlockLists(keep.sum(-1, dtype=torch.int32).clamp(max=width), index[..., :width].contiguous())
+
+
+def top_k_lists(scores: Tensor, k: int | Tensor, *, width: int | None = None) -> BlockLists:
+    """``block_lists(keep_top_k(scores, k), width=width)``, on a GPU in one pass over scores. width: default k where it is a number, else C."""
+    c = scores.shape[-1]
+    width = min(c, width if width is not None else k if isinstance(k, int) else c)
+    if on_card(scores) and not (isinstance(k, int) and k < 1):
+        from foveal.kernels.selection.bisection import list_best
+
+        return BlockLists(*list_best(scores, k, width))
+    return block_lists(keep_top_k(scores, k), width=width)
+
+
+def top_p_lists(
+    probabilities: Tensor, p: float | Tensor, *, rule: PrefixRule = "cross", least: int = 1, width: int | None = None
+) -> BlockLists:
+    """``block_lists(keep_top_p(probabilities, p, rule=rule, least=least), width=width)``, on a GPU in one pass over probabilities."""
+    width = min(probabilities.shape[-1], probabilities.shape[-1] if width is None else width)
+    if on_card(probabilities) and (isinstance(p, Tensor) or 0 < p <= 1):
+        from foveal.kernels.selection.bisection import list_best
+
+        return BlockLists(*list_best(probabilities, p, width, mass=True, under=rule == "under", least=least))
+    return block_lists(keep_top_p(probabilities, p, rule=rule, least=least), width=width)

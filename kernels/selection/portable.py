@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 64  # tokens taken at once
+ROWS = 32  # tokens taken at once (118,784 x 24 x 128 in bf16 on one H100: 287 us; 64, summed in every step: 317 us)
 COLUMNS = 1024  # blocks of a row taken at once
 
 
@@ -30,30 +30,31 @@ def rows_at(base, order, positions, inside, dims, x_n, x_d, D: tl.constexpr, ORD
 @triton.jit
 def pool_kernel(
     X, Order, Start, Length, Mean, N, Var, Like,
-    x_b, x_h, x_n, x_d, o_b, o_h, s_b, s_h, l_b, l_h, H, C,
+    x_b, x_h, x_n, x_d, o_b, o_h, s_b, s_h, l_b, l_h, H, HEADS, C,
     D: tl.constexpr, DP: tl.constexpr, STEP: tl.constexpr, ORDER: tl.constexpr, VAR: tl.constexpr, LIKE: tl.constexpr,
 ):  # fmt: skip
-    c = tl.program_id(0)
-    b, h = tl.program_id(1).to(tl.int64) // H, tl.program_id(1).to(tl.int64) % H
+    # Heads first: where they lie beside each other, programs that run together read whole rows.
+    c, head = tl.program_id(0) // HEADS, (tl.program_id(0) % HEADS).to(tl.int64)
+    b, h = head // H, head % H
     start, length = tl.load(Start + b * s_b + h * s_h + c), tl.load(Length + b * l_b + h * l_h + c)
     dims, step = tl.arange(0, DP), tl.arange(0, STEP)
     base, order = X + b * x_b + h * x_h, Order + b * o_b + h * o_h
-    total = tl.zeros([DP], tl.float32)
+    total = tl.zeros([STEP, DP], tl.float32)
     unit = tl.zeros([DP], tl.float32)
     n = tl.sum(tl.zeros([STEP], tl.int32), 0)
     for first in range(0, length, STEP):
         x, ok = rows_at(base, order, start + first + step, first + step < length, dims, x_n, x_d, D, ORDER)
-        total += tl.sum(x, 0)
+        total += x
         n += tl.sum(ok.to(tl.int32), 0)
         if LIKE:
             unit += tl.sum(x / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)[:, None], 0)
     some = tl.maximum(n, 1).to(tl.float32)
-    mean = total / some
-    to = (tl.program_id(1).to(tl.int64) * C + c) * D + dims
+    mean = tl.sum(total, 0) / some
+    to = (head * C + c) * D + dims
     tl.store(Mean + to, mean, mask=dims < D)
-    tl.store(N + tl.program_id(1).to(tl.int64) * C + c, n.to(tl.float32))
+    tl.store(N + head * C + c, n.to(tl.float32))
     if LIKE:
-        tl.store(Like + tl.program_id(1).to(tl.int64) * C + c, tl.sum(unit * unit, 0) / (some * some))
+        tl.store(Like + head * C + c, tl.sum(unit * unit, 0) / (some * some))
     if VAR:  # a second pass over what the caches still hold: exact where the mean is large
         spread = tl.zeros([DP], tl.float32)
         for first in range(0, length, STEP):
@@ -76,9 +77,9 @@ def pool_rows(
     width = triton.next_power_of_2(d)
     step = min(ROWS, max(1, triton.next_power_of_2(max(1, longest))))
     if c:
-        pool_kernel[(c, b * h)](
+        pool_kernel[(c * b * h,)](
             x, start if order is None else order, start, length, mean, n, mean if var is None else var, mean if like is None else like,
-            *x.stride(), *_lead(order), *_lead(start), *_lead(length), h, c, D=d, DP=width, STEP=step, ORDER=order is not None,
+            *x.stride(), *_lead(order), *_lead(start), *_lead(length), h, b * h, c, D=d, DP=width, STEP=step, ORDER=order is not None,
             VAR=variance, LIKE=likeness, num_warps=4,
         )  # fmt: skip
     return mean, n, var, like

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from foveal.kernels.order import permute_tokens
-from foveal.kernels.selection import block_lists, block_scores, keep_top_k, pool_blocks
+from foveal.kernels.selection import block_scores, pool_blocks, top_k_lists
 from foveal.pipelines.bench import competitors
 from foveal.pipelines.bench.cases import AroundCase, Case
 from foveal.pipelines.bench.rounds import How, host_microseconds
@@ -63,7 +63,7 @@ def selection_rows(case: AroundCase, how: How) -> Rows:
 
     def select() -> Any:
         queries, keys = (pool_blocks(x, start, length, max_length=128) for x in (q, k))
-        return block_lists(keep_top_k(block_scores(queries, keys, case.head_dim**-0.5), kept), width=kept)
+        return top_k_lists(block_scores(queries, keys, case.head_dim**-0.5), kept)
 
     attention = competitors.ours(q, k, v, plan)
     calls: dict[str, Any] = {"select": select, **attention}

@@ -107,7 +107,7 @@ SPARSE = (
     Case(name="hunyuan ragged", tokens=119056, heads=24, flash2=False),
     Case(name="unequal counts", tokens=32768, heads=12, densities=(0.125,), spread=1.0),
 )
-WINDOWS = (WindowCase(name="exact window", grid=(30, 48, 80), window=(18, 24, 24), tile=(2, 8, 8), heads=24),)
+WINDOWS = (WindowCase(name="exact window", grid=(30, 48, 80), window=(18, 24, 24), tile=(5, 6, 4), heads=24),)
 SIZES = ((256, 196), (64, 1024), (16, 4096))
 LINEAR = tuple(
     LinearCase(name=f"{gate} gate, {batch} x {tokens}{', training' * training}", batch=batch, tokens=tokens, gate=gate, training=training)

@@ -12,6 +12,8 @@ from foveal.kernels.selection import (
     keep_top_k,
     keep_top_p,
     pool_blocks,
+    top_k_lists,
+    top_p_lists,
 )
 from foveal.kernels.selection.keeping import ranks
 
@@ -192,3 +194,77 @@ def test_keeping_everything_equals_dense_attention():
 def test_ranks_are_a_permutation():
     found = ranks(torch.randint(0, 3, (2, 3, 4, 9), generator=GEN).float())
     assert torch.equal(found.sort(-1).values, torch.arange(9).expand_as(found))
+
+
+def unusual(kind, c):
+    scores = torch.randint(-3, 4, (1, 2, 2, c), generator=GEN).float()  # many equal ones, zeros of both signs
+    scores = torch.where(scores == 0, torch.where(torch.rand(scores.shape, generator=GEN) < 0.5, 0.0, -0.0), scores)
+    if kind == "excluded":
+        scores[torch.rand(scores.shape, generator=GEN) < 0.6] = -torch.inf
+        scores[0, 0, 0] = -torch.inf
+    if kind == "not a number":
+        scores[torch.rand(scores.shape, generator=GEN) < 0.3] = torch.nan
+    return torch.randn(1, 2, 2, c, generator=GEN) if kind == "distinct" else scores
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+@pytest.mark.parametrize("kind", ["distinct", "equal", "excluded", "not a number"])
+def test_bisection_keeps_what_a_stable_sort_keeps(kind):
+    from foveal.kernels.selection.bisection import keep_best, list_best
+
+    for c in (1, 37):
+        scores = unusual(kind, c)
+        for k in {1, c // 3 + 1, c}:
+            want = keep_top_k(scores, k)
+            assert torch.equal(keep_best(scores, k), want)
+            lists = block_lists(want, width=k)
+            count, index = list_best(scores, k, k)
+            assert torch.equal(count, lists.count) and torch.equal(index, lists.index)
+    budget = torch.tensor([2, 50])[None, :, None]
+    assert torch.equal(keep_best(scores, budget), keep_top_k(scores, budget))
+    count, index = list_best(scores, 20, 3)  # more are kept than the lists hold
+    assert torch.equal(index, block_lists(keep_top_k(scores, 20), width=3).index) and (count <= 3).all()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+@pytest.mark.parametrize("rule", ["cross", "under"])
+def test_bisection_keeps_the_mass_that_a_sort_keeps(rule):
+    from foveal.kernels.selection.bisection import keep_best, list_best
+
+    mass = torch.randint(0, 20, (1, 2, 2, 37), generator=GEN) / 2.0**18  # sums are exact in any order
+    mass = mass / 2.0 ** mass.sum(-1, keepdim=True).log2().ceil()
+    mass[0, 0, 0] = 0
+    for p, least in ((0.25, 1), (0.75, 30), (1.0, 1), (torch.tensor([0.3, 0.9])[None, :, None], 1)):
+        want = keep_top_p(mass, p, rule=rule, least=least)
+        assert torch.equal(keep_best(mass, p, mass=True, under=rule == "under", least=least), want)
+        count, index = list_best(mass, p, 37, mass=True, under=rule == "under", least=least)
+        assert torch.equal(count, block_lists(want).count) and torch.equal(index, block_lists(want).index)
+
+
+def test_lists_of_the_best_are_lists_of_what_is_kept():
+    scores = unusual("excluded", 40)
+    for lists, want in (
+        (top_k_lists(scores, 7), block_lists(keep_top_k(scores, 7), width=7)),
+        (top_k_lists(scores, 7, width=3), block_lists(keep_top_k(scores, 7), width=3)),
+        (top_k_lists(scores, torch.tensor([[[3], [9]]])), block_lists(keep_top_k(scores, torch.tensor([[[3], [9]]])))),
+        (top_p_lists(scores.softmax(-1), 0.5), block_lists(keep_top_p(scores.softmax(-1), 0.5))),
+    ):
+        assert torch.equal(lists.count, want.count) and torch.equal(lists.index, want.index)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+@pytest.mark.parametrize("dim", [72, 128])
+@pytest.mark.parametrize("gaussian", [False, True], ids=["means", "gaussian"])
+def test_the_triton_kernel_scores_the_same(dim, gaussian):
+    from foveal.kernels.selection.pooling import BlockStatistics
+    from foveal.kernels.selection.scoring_kernel import scores_of
+
+    draw = lambda *shape: torch.randn(*shape, generator=GEN)  # noqa: E731
+    q = BlockStatistics(draw(2, 4, 5, dim), torch.ones(2, 4, 5))
+    k = BlockStatistics(
+        draw(2, 2, 70, dim), torch.randint(0, 4, (2, 2, 70), generator=GEN).float(), draw(2, 2, 70, dim).square()
+    )
+    for weighted in (False, True):
+        want = block_scores(q, k, 0.3, weighted=weighted, gaussian=gaussian)
+        got = scores_of(q.mean, k.mean, k.var if gaussian else None, k.n, 0.3, weighted)
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)

@@ -13,8 +13,10 @@ from foveal.kernels.selection import (
     keep_top_k,
     keep_top_p,
     pool_blocks,
+    top_k_lists,
+    top_p_lists,
 )
-from foveal.kernels.selection.pooling import _pooled
+from foveal.kernels.selection.pooling import BlockStatistics, _pooled
 
 pytestmark = pytest.mark.gpu
 
@@ -67,11 +69,30 @@ def test_rules_keep_what_they_keep_on_the_cpu(c: int):
     gen = torch.Generator().manual_seed(c)
     scores = torch.randint(0, 40, (1, 2, 5, c), generator=gen).float()  # many equal ones
     for k in (1, c // 3):
-        assert torch.equal(keep_top_k(scores.cuda(), k).cpu(), keep_top_k(scores, k))
+        kept = keep_top_k(scores, k)
+        assert torch.equal(keep_top_k(scores.cuda(), k).cpu(), kept)
+        ours, want = top_k_lists(scores.cuda(), k), block_lists(kept, width=k)
+        assert torch.equal(ours.count.cpu(), want.count) and torch.equal(ours.index.cpu(), want.index)
     mass = scores / 2.0**18  # sums are exact in any order
     mass = mass / 2.0 ** mass.sum(-1, keepdim=True).log2().ceil()
     for p in (0.25, 0.75):
         assert torch.equal(keep_top_p(mass.cuda(), p).cpu(), keep_top_p(mass, p))
+        assert torch.equal(top_p_lists(mass.cuda(), p).index.cpu(), block_lists(keep_top_p(mass, p)).index)
+
+
+@pytest.mark.parametrize("c", [7, 928])
+def test_scores_have_the_accuracy_of_fp32(c: int):
+    gen = torch.Generator("cuda").manual_seed(c)
+    draw = lambda *shape: torch.randn(*shape, device="cuda", generator=gen)  # noqa: E731
+    q = BlockStatistics(draw(1, 4, 70, 128), torch.ones(1, 4, 70, device="cuda"))
+    k = BlockStatistics(draw(1, 2, c, 128), torch.full((1, 2, c), 5.0, device="cuda"), draw(1, 2, c, 128).square())
+    exact = q.mean.double() @ k.mean.double().repeat_interleave(2, 1).mT * 0.3
+    assert relative(block_scores(q, k, 0.3), exact) < 1e-6
+    exact += (
+        q.mean.double().square() @ k.var.double().repeat_interleave(2, 1).mT * 0.045
+        + torch.tensor(5.0).double().log().item()
+    )
+    assert relative(block_scores(q, k, 0.3, weighted=True, gaussian=True), exact) < 1e-6
 
 
 def blocks() -> dict[str, Tensor]:
@@ -86,11 +107,11 @@ def step(q: Tensor, k: Tensor, v: Tensor, run: dict[str, Tensor], rule: str, imp
     pooled = [pool_blocks(x, run["q_start"], run["q_len"], max_length=BLOCK, variance=True) for x in (q, k)]
     scores = block_scores(*pooled, 4 * scale, weighted=True, gaussian=True)
     if rule == "top k":
-        lists = block_lists(keep_top_k(scores, 5), width=5)
+        lists = top_k_lists(scores, 5)
     elif rule == "top k, best first":
         lists = block_lists(keep_top_k(scores, 5), width=5, scores=scores)
     else:
-        lists = block_lists(keep_top_p(block_probabilities(scores), 0.5))
+        lists = top_p_lists(block_probabilities(scores), 0.5)
     plan = BlockPlan(
         n_queries=N, n_keys=N, **run, count=lists.count, n_full=lists.count, index=lists.index, max_q_len=BLOCK, max_kv_len=BLOCK,
         covers=True, kv_stride=BLOCK, tiled=True, trusted=True,
