@@ -4,7 +4,8 @@ Letters: B batch, H heads, N tokens, M prefix tokens (not on a grid), n image to
 Source: "LINA: Linear Autoregressive Image Generative Models with Continuous Tokens".
 
 Notable choices
-- The convolution reads the input of the module, not the values, and is added to image tokens before the output projection.
+- The convolution reads the input of the module, not the values, and is added to image tokens before the output projection, on a GPU
+  while attention's own output is still in registers.
 - Sums over tokens are fp32 under autocast too; what is multiplied with weights follows autocast.
 - The key gate enters the denominator, the value gate does not: key gates times a constant change nothing, value gates scale.
 - Arguments and attributes are those that timm's blocks expect: ``attn_layer=LinearAttention``. Softmax weights do not
@@ -21,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from foveal.kernels.gated_linear.plain import NORMALISATIONS, linear_attention
+from foveal.kernels.gated_linear.plain import NORMALISATIONS, linear_attention, with_last
+from foveal.kernels.token_mixing import depthwise_conv
 
 KERNEL = 5
 FADE = 16.0  # of a gate from the input: sigmoid(x) ** (1 / FADE)
@@ -82,28 +84,24 @@ class LinearAttention(nn.Module):
             key_mask = _keys_of(attn_mask, x)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         key_gate, value_gate = self._gates(x)
-        with nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False):
-            out = self._attend(q, k, v, key_gate, value_gate, key_mask).transpose(1, 2).flatten(2)
-        if self.dw_conv is not None:
-            out = torch.cat([out[:, : self.prefix], out[:, self.prefix :] + self._local(x).to(out.dtype)], 1)
+        local = None if self.dw_conv is None else self._local(x)
+        kind = x.device.type
+        cast = kind != "meta" and torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, enabled=False) if cast else nullcontext():
+            out = self._attend(q, k, v, key_gate, value_gate, key_mask, local).transpose(1, 2).flatten(2)
         return self.proj_drop(self.proj(out))
 
     def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        key_gate: Tensor | None,
-        value_gate: Tensor | None,
-        key_mask: Tensor | None,
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, key_gate: Tensor | None, value_gate: Tensor | None, key_mask: Tensor | None,
+        local: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         if key_mask is not None:
             seen = key_mask[:, None, :, None].float()
             if self.normalisation == "subtraction":
-                return _subtraction(q, k, v, key_gate, value_gate, seen)
+                return with_last(_subtraction(q, k, v, key_gate, value_gate, seen), local)
             key_gate = seen if key_gate is None else key_gate * seen
         return linear_attention(
-            q, k, v, normalisation=self.normalisation, key_gate=key_gate, value_gate=value_gate, eps=self.eps,
+            q, k, v, normalisation=self.normalisation, key_gate=key_gate, value_gate=value_gate, added=local, eps=self.eps,
             implementation=self.implementation,
         )  # fmt: skip
 
@@ -123,7 +121,7 @@ class LinearAttention(nn.Module):
         return self.key_scale.exp() if self.gate == "exp" else self.key_scale, self.value_scale
 
     def _local(self, x: Tensor) -> Tensor:
-        """The convolution of the image tokens, [B, n, D]"""
+        """The convolution of the image tokens, [B, H, n, d]"""
         assert self.dw_conv is not None
         image = x[:, self.prefix :]
         side = math.isqrt(image.shape[1])
@@ -132,7 +130,8 @@ class LinearAttention(nn.Module):
                 f"{x.shape[1]} tokens without {self.prefix} of the prefix are {image.shape[1]}, which form no square grid; the "
                 "convolution needs all tokens of an image."
             )
-        return self.dw_conv(image.unflatten(1, (side, side)).permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
+        out = depthwise_conv(image, (side, side), self.dw_conv.weight, self.dw_conv.bias)
+        return out.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     @torch.no_grad()
     def resize_gates_(self, grid: int) -> None:

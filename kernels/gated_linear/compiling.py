@@ -17,17 +17,34 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from foveal.kernels.block_sparse.compiling import CAPABILITIES, assembled
-from foveal.kernels.gated_linear.plain_kernels import attend, key_gradients, query_gradients, token_sums
-from foveal.kernels.gated_linear.plain_operator import kinds, shape_of
-from foveal.kernels.gated_linear.portable import chunk_apply, chunk_sums, scan_states
+from foveal.kernels.gated_linear.plain_call import JOINED, query_shape, shape_of
+from foveal.kernels.gated_linear.plain_gradients import key_gradients, query_gradients
+from foveal.kernels.gated_linear.plain_kernels import attend, join_parts, token_sums
+from foveal.kernels.gated_linear.portable import chunk_outputs, chunk_states
 from foveal.kernels.gated_linear.portable_backward import chunk_gradients
-from foveal.kernels.gated_linear.portable_call import GRADIENT_VALUES, SCAN_KEYS, SCAN_STAGES, SCAN_VALUES, precisions
-from foveal.kernels.gated_linear.tiles import Tile, padded, tile_for
+from foveal.kernels.gated_linear.portable_call import STATE_STAGES, STATE_WARPS, precisions, state_tile
+from foveal.kernels.gated_linear.tiles import Tile, tile_for
 
-GATED = {"sums": chunk_sums, "scan": scan_states, "apply": chunk_apply, "gradients": chunk_gradients}
-PLAIN = {"tokens": token_sums, "attend": attend, "queries": query_gradients, "keys": key_gradients}
+GATED = {"states": chunk_states, "outputs": chunk_outputs, "gradients": chunk_gradients}
+PLAIN = {"tokens": token_sums, "join": join_parts, "attend": attend, "queries": query_gradients, "keys": key_gradients}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-UNIT = ("x_d", "y_d", "q_d", "k_d", "v_d", "do_d", "o_d", "gf_d", "gb_d", "dq_d", "dk_d", "dv_d")
+UNIT = (
+    "x_d",
+    "y_d",
+    "q_d",
+    "k_d",
+    "v_d",
+    "do_d",
+    "o_d",
+    "a_d",
+    "gf_d",
+    "gb_d",
+    "dq_d",
+    "dk_d",
+    "dv_d",
+    "dgf_d",
+    "dgb_d",
+)
 ELEMENT = (
     "Q",
     "K",
@@ -36,11 +53,12 @@ ELEMENT = (
     "Y",
     "DO",
     "Out",
+    "Added",
     "DQ",
     "DK_",
     "DV_",
 )  # pointers to the inputs' dtype; all others are fp32
-INTEGERS = ("H", "N", "M", "PER")
+INTEGERS = ("H", "N", "M", "P", "PER", "heads")
 
 
 @dataclass(frozen=True)
@@ -56,23 +74,25 @@ class Variant:
 
 
 VARIANTS = (
-    Variant("sums", "bf16", 64, 64, "vector", "both"),
-    Variant("scan", "bf16", 64, 64, "vector", "both"),
-    Variant("apply", "bf16", 64, 64, "vector", "forward"),
-    Variant("apply", "bf16", 32, 64, "vector", "both"),
-    Variant("apply", "fp16", 128, 128, "vector", "both"),
-    Variant("apply", "bf16", 128, 128, "scalar", "both"),
-    Variant("apply", "fp32", 128, 128, "vector", "both"),
-    Variant("gradients", "bf16", 32, 64, "vector", "forward"),
-    Variant("gradients", "bf16", 128, 128, "vector", "both"),
+    Variant("states", "bf16", 64, 64, "vector", "forward"),
+    Variant("states", "bf16", 32, 64, "vector", "both"),
+    Variant("states", "fp32", 128, 128, "vector", "both"),
+    Variant("outputs", "bf16", 64, 64, "vector", "forward"),
+    Variant("outputs", "bf16", 32, 64, "vector", "both"),
+    Variant("outputs", "bf16", 64, 64, "scalar", "both"),
+    Variant("outputs", "fp16", 128, 128, "vector", "both"),
+    Variant("outputs", "fp32", 128, 128, "vector", "both"),
+    Variant("gradients", "bf16", 32, 64, "vector", "both"),
+    Variant("gradients", "bf16", 64, 64, "vector", "forward"),
     Variant("gradients", "bf16", 64, 64, "scalar", "forward"),
+    Variant("gradients", "fp16", 128, 128, "vector", "both"),
     Variant("gradients", "fp32", 128, 128, "vector", "both"),
     *(Variant(name, "bf16", 96, 96) for name in PLAIN),
     *(Variant(name, "fp32", 128, 128) for name in PLAIN),
 )
 QUICK = (
-    Variant("apply", "bf16", 32, 64, "vector", "both"),
-    Variant("gradients", "bf16", 128, 128, "scalar", "both"),
+    Variant("outputs", "bf16", 32, 64, "vector", "both"),
+    Variant("gradients", "fp16", 128, 128, "vector", "both"),
     Variant("tokens", "fp32", 128, 128),
     Variant("keys", "fp16", 128, 128),
 )
@@ -108,35 +128,37 @@ Settings = tuple[dict[str, Any], dict[str, int]]
 
 def _gated(variant: Variant, tile: Tile | None) -> Settings:
     """-> constants, options"""
-    backward, scan = variant.kernel == "gradients", variant.kernel == "scan"
-    width, vector = DTYPES[variant.dtype].itemsize, variant.gate == "vector"
-    tile = tile or tile_for(width, variant.keys, variant.values, vector, backward)
-    product, mixed = precisions(DTYPES[variant.dtype])
-    bv = min(GRADIENT_VALUES if backward else SCAN_VALUES, padded(variant.values))
+    backward, states = variant.kernel == "gradients", variant.kernel == "states"
+    dtype, vector, keys, values = DTYPES[variant.dtype], variant.gate == "vector", variant.keys, variant.values
+    tile = tile or tile_for(dtype, keys, values, vector, backward, 1 + (variant.directions == "both"))
+    product, mixed = precisions(dtype)
+    bk, bv = state_tile(keys, values, 1000) if states else (tile.BK, tile.BV)
     constants = {
-        "DK": variant.keys, "DV": variant.values, "BK": tile.BK, "VP": padded(variant.values), "KTILES": -(-variant.keys // tile.BK),
-        "C": tile.C, "LEVELS": tile.levels, "VECTOR": vector, "FORWARD": True, "BACKWARD": variant.directions == "both",
-        "HAS_STATES": True, "TRANSPOSED": False, "QUERY": False, "PRODUCT": product, "MIXED": mixed,
-        "BR": SCAN_KEYS, "BV": bv, "RTILES": -(-variant.keys // SCAN_KEYS), "VTILES": -(-variant.values // bv), "REVERSE": False,
-        "HAS_FIRST": True, "NEED_LAST": True, "STAGES": SCAN_STAGES,
+        "DK": keys, "DV": values, "BK": bk, "BV": bv, "KTILES": -(-keys // bk), "VTILES": -(-values // bv), "C": tile.C,
+        "VECTOR": vector, "FORWARD": True, "BACKWARD": variant.directions == "both", "HAS_STATES": True, "QUERY": False,
+        "PRODUCT": product, "MIXED": mixed, "HAS_FIRST": True, "NEED_LAST": True, "STAGES": STATE_STAGES,
     }  # fmt: skip
-    return constants, {"num_warps": 4 if scan else tile.warps, "num_stages": SCAN_STAGES if scan else 1}
+    if states:
+        return constants, {"num_warps": STATE_WARPS, "num_stages": STATE_STAGES}
+    return constants, {"num_warps": tile.warps, "num_stages": 1}
 
 
 def _plain(variant: Variant) -> Settings:
     dtype = DTYPES[variant.dtype]
-    constants = shape_of(variant.keys, variant.values, dtype.itemsize).switches(variant.keys, variant.values)
-    kind, product = kinds(dtype)
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-    switches = dict.fromkeys(("HAS_KG", "HAS_VG", "WEIGHTED", "DIVIDE"), True)
-    return constants | switches | {"KIND": kind, "PRODUCT": product}, options
+    shape = (query_shape if variant.kernel == "attend" else shape_of)(variant.keys, variant.values, dtype)
+    constants = JOINED if variant.kernel == "join" else shape.switches(variant.keys, variant.values, dtype)
+    options = {name: constants[name] for name in ("num_warps", "num_stages")}
+    switches = dict.fromkeys(("HAS_KG", "HAS_VG", "WEIGHTED", "MEANS", "DIVIDE", "HAS_ADDED"), True) | {
+        "ALIGN": 16 // dtype.itemsize, "COLUMNS": variant.dtype == "bf16",
+    }  # fmt: skip
+    return {n: c for n, c in (constants | switches).items() if n not in options}, options
 
 
 def _kind(name: str, variant: Variant) -> str:
     """Triton's type of a run-time argument."""
     if name in ELEMENT:
         return f"*{variant.dtype}"
-    if name == "Sums" or (name == "States" and variant.kernel == "apply"):
+    if name in ("Sums", "Pairs", "DPairs") or name in ("States", "Grads"):
         return "*bf16" if variant.dtype == "bf16" else "*fp32"
     if name[0].isupper() and name not in INTEGERS:
         return "*fp32"

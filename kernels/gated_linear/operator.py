@@ -50,9 +50,8 @@ def _backward_operator(
 
 @_backward_operator.register_fake
 def _(d_out, d_last, q, k, v, forward, backward, state, scale):
-    made = [torch.empty_like(x) for x in (q, k, v)]
-    made += [x.new_empty(x.shape) for x in (forward, backward, state) if x is not None]
-    return made
+    made = [torch.empty_like(x) for x in (q, k, v, forward, backward) if x is not None]
+    return made if state is None else [*made, state.new_empty(state.shape)]
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

@@ -26,7 +26,7 @@ NORMALISATIONS = ("division", "subtraction")
 
 def linear_attention(
     q: Tensor, k: Tensor, v: Tensor, *, normalisation: str = "division", key_gate: Tensor | None = None, value_gate: Tensor | None = None,
-    eps: float = 1e-6, scale: float | None = None, implementation: str | None = None,
+    added: Tensor | None = None, eps: float = 1e-6, scale: float | None = None, implementation: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Every token attends to every token, in time linear in their number.
 
@@ -34,6 +34,7 @@ def linear_attention(
     normalisation     "division" or "subtraction" (see above)
     key_gate          broadcastable to [B, H, N, 1]; 0 removes a token in division, where it also leaves N unchanged
     value_gate        broadcastable to [B, H, N, 1]
+    added             [B, H, n, V], n at most N: added to the outputs of the last n tokens (LINA's convolution of the image)
     eps               of division
     scale             of subtraction, default K ** -0.5; division does not depend on a scale
 
@@ -43,23 +44,44 @@ def linear_attention(
     if normalisation not in NORMALISATIONS:
         raise ValueError(f"there is no normalisation {normalisation!r}; choose one of {', '.join(NORMALISATIONS)}.")
     kg, vg = _gate("key_gate", key_gate, q), _gate("value_gate", value_gate, q)
+    _check_added(added, v)
     if q.numel() == 0 or v.numel() == 0:
-        return torch.zeros_like(v)
+        return with_last(torch.zeros_like(v), added)
     name = choose(q, v, implementation).name
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if name == "triton":
         from foveal.kernels.gated_linear.plain_operator import fused
 
-        return fused(q, k, v, kg, vg, normalisation == "division", factor, eps)
+        return fused(q, k, v, kg, vg, added, normalisation == "division", factor, eps)
     rule = every_pair if name == "reference" else summed
-    return rule(q, k, v, kg, vg, normalisation == "division", factor, eps)
+    return with_last(rule(q, k, v, kg, vg, normalisation == "division", factor, eps), added)
+
+
+def _check_added(added: Tensor | None, v: Tensor) -> None:
+    if added is None:
+        return
+    b, h, n, width = v.shape
+    if added.ndim != 4 or (*added.shape[:2], added.shape[3]) != (b, h, width) or added.shape[2] > n:
+        raise ValueError(f"added has shape {tuple(added.shape)}; ({b}, {h}, at most {n}, {width}) is needed.")
+    if added.device != v.device or not added.is_floating_point():
+        raise ValueError(f"added is {added.dtype} on {added.device}; a floating-point tensor on {v.device} is needed.")
+
+
+def with_last(out: Tensor, added: Tensor | None) -> Tensor:
+    """``added`` [B, H, n, V] on the last n tokens of out [B, H, N, V]; out itself without it."""
+    if added is None:
+        return out
+    first = out.shape[2] - added.shape[2]
+    return torch.cat([out[:, :, :first], out[:, :, first:] + added.to(out.dtype)], 2)
 
 
 def _gate(name: str, gate: Tensor | None, q: Tensor) -> Tensor | None:
     if gate is None:
         return None
     shape = (*q.shape[:3], 1)
-    if gate.ndim > 4 or any(a not in (1, b) for a, b in zip(reversed(gate.shape), reversed(shape), strict=False)):
+    if gate.shape != shape and (
+        gate.ndim > 4 or any(a not in (1, b) for a, b in zip(reversed(gate.shape), reversed(shape), strict=False))
+    ):
         raise ValueError(f"{name} has shape {tuple(gate.shape)}; it must be broadcastable to {shape}.")
     if gate.device != q.device or not gate.is_floating_point():
         raise ValueError(f"{name} is {gate.dtype} on {gate.device}; a floating-point gate on {q.device} is needed.")

@@ -1,11 +1,12 @@
-"""The Triton kernels of linear attention without order: two passes forward, two backward. Letters and rules as in plain.py.
+"""The Triton kernels of linear attention without order, forward: sums over tokens, their parts joined, each query with them.
 
-KP key width padded to a power of two, BV value channels and BN tokens of a tile; P parts of the tokens, summed on their own and then together, so that the
-sums are the same in every run (no atomics).
+Letters and rules as in plain.py. KP key width padded to a power of two, BV value channels and BN tokens of a tile; P parts of the tokens, summed on their own and
+then together, so that the sums are the same in every run (no atomics).
 
-* Each pass reads every token once; in between stand only sums of size [K, V], fp32.
+* Each pass reads every token once; in between stand only sums of size [K, V], made in fp32. A program of ``attend`` loads them once, for PER queries.
 * Products take the inputs' dtype with fp32 sums; where sums meet tokens, bf16 for bf16 inputs, else fp32 (as tf32 for fp16 inputs,
   three tf32 products for fp32 ones): a sum over thousands of tokens could overflow fp16.
+* ALIGN promises that rows begin at multiples of that many elements: rows of a head of 72 channels would else be read two bytes at a time.
 """
 
 from __future__ import annotations
@@ -13,12 +14,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+SIDE = tl.constexpr(16)  # the fewest columns that a product takes
+
 
 @triton.jit
-def tile_of(base, rows, ok, dims, stride_n, stride_d, D):
-    return tl.load(
-        base + rows[:, None] * stride_n + dims[None, :] * stride_d, mask=ok[:, None] & (dims < D)[None, :], other=0.0
-    )
+def places(X, b, h, first, rows, dims, x_b, x_h, x_n, x_d, ALIGN: tl.constexpr):
+    """Where channels ``dims`` of the tokens ``first + rows`` lie."""
+    start = tl.multiple_of(b * x_b + h * x_h + first * x_n, ALIGN)
+    return X + start + tl.multiple_of(rows * x_n, ALIGN)[:, None] + dims[None, :] * x_d
+
+
+@triton.jit
+def tile_of(X, b, h, first, rows, ok, dims, x_b, x_h, x_n, x_d, D: tl.constexpr, ALIGN: tl.constexpr):
+    place = places(X, b, h, first, rows, dims, x_b, x_h, x_n, x_d, ALIGN)
+    return tl.load(place, mask=ok[:, None] & (dims < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -32,14 +41,15 @@ def weight_of(base, rows, stride_n, ok):
     return tl.load(base + rows * stride_n, mask=ok, other=0.0).to(tl.float32)[:, None]
 
 
-@triton.jit(do_not_specialize=("N", "H", "PER", "inverse"))
+@triton.jit(do_not_specialize=("N", "H", "PER", "size", "skip", "inverse"))
 def token_sums(
-    K, V, KG, VG, KW, VW, Pairs, Keys, Values,
-    k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, kg_b, kg_h, kg_n, vg_b, vg_h, vg_n, inverse, eps, N, H, PER,
-    DK: tl.constexpr, DV: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr, HAS_KG: tl.constexpr, HAS_VG: tl.constexpr,
-    WEIGHTED: tl.constexpr, KIND: tl.constexpr, PRODUCT: tl.constexpr,
+    K, V, KG, VG, KW, VW, Pairs, Means,
+    k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, kg_b, kg_h, kg_n, vg_b, vg_h, vg_n, inverse, eps, N, H, PER, size, skip,
+    DK: tl.constexpr, DV: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr, ALIGN: tl.constexpr,
+    HAS_KG: tl.constexpr, HAS_VG: tl.constexpr, WEIGHTED: tl.constexpr, MEANS: tl.constexpr, KIND: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
-    """Part sums over PER tokens: Pairs [P, B H, K, V], Keys [P, B H, K], Values [P, B H, V], each times inverse (1 / N forward).
+    """Sums over PER tokens times inverse: Pairs [B H, K, V]; in Means after ``skip`` entries those of keys [B H, K] and, with MEANS, of
+    values [B H, V]. Those of the next PER tokens follow ``size`` entries later.
 
     WEIGHTED (the backward, of queries and the output's gradients): keys and values are summed with weights of their own, KW and VW
     [B, H, N], and ungated. KIND: what products are taken in.
@@ -53,8 +63,8 @@ def token_sums(
     for at in tl.range(start, tl.minimum(start + PER, N), BN):
         ok = rows < N - at
         first = tl.full([], 0, tl.int64) + at
-        k = feature(tile_of(K + b * k_b + h * k_h + first * k_n, rows, ok, dims, k_n, k_d, DK), ok, dims, eps, DK)
-        v = tile_of(V + b * v_b + h * v_h + first * v_n, rows, ok, wide, v_n, v_d, DV).to(tl.float32)
+        k = feature(tile_of(K, b, h, first, rows, ok, dims, k_b, k_h, k_n, k_d, DK, ALIGN), ok, dims, eps, DK)
+        v = tile_of(V, b, h, first, rows, ok, wide, v_b, v_h, v_n, v_d, DV, ALIGN).to(tl.float32)
         gated = v
         if HAS_KG:
             k *= weight_of(KG + b * kg_b + h * kg_h + first * kg_n, rows, kg_n, ok)
@@ -63,139 +73,87 @@ def token_sums(
         pairs = tl.dot(tl.trans(k.to(KIND)), gated.to(KIND), pairs, input_precision=PRODUCT)
         if WEIGHTED:
             keys += tl.sum(k * weight_of(KW + bh.to(tl.int64) * N + first, rows, 1, ok), 0)
-            values += tl.sum(v * weight_of(VW + bh.to(tl.int64) * N + first, rows, 1, ok), 0)
+            if MEANS:
+                values += tl.sum(v * weight_of(VW + bh.to(tl.int64) * N + first, rows, 1, ok), 0)
         else:
             keys += tl.sum(k, 0)
-            values += tl.sum(gated, 0)
-    to = (tl.program_id(1) * heads + bh).to(tl.int64)
+            if MEANS:
+                values += tl.sum(gated, 0)
+    part = tl.program_id(1).to(tl.int64) * size
     inside = (dims < DK)[:, None] & (wide < DV)[None, :]
-    tl.store(Pairs + to * DK * DV + dims[:, None] * DV + wide[None, :], pairs * inverse, mask=inside)
-    tl.store(Keys + to * DK + dims, keys * inverse, mask=(dims < DK) & (tl.program_id(2) == 0))
-    tl.store(Values + to * DV + wide, values * inverse, mask=wide < DV)
+    place = Pairs + part + bh.to(tl.int64) * (DK * DV) + dims[:, None] * DV + wide[None, :]
+    tl.store(place, (pairs * inverse).to(Pairs.dtype.element_ty), mask=inside)
+    tl.store(Means + part + skip + bh * DK + dims, keys * inverse, mask=(dims < DK) & (tl.program_id(2) == 0))
+    if MEANS:
+        tl.store(Means + part + skip + heads * DK + bh * DV + wide, values * inverse, mask=wide < DV)
+
+
+@triton.jit(do_not_specialize=("P", "size", "pairs", "inverse"))
+def join_parts(Parts, Pairs, Means, P, size, pairs, inverse, BLOCK: tl.constexpr, BP: tl.constexpr):
+    """Sums of P parts [P, size] times inverse: the first ``pairs`` entries go to Pairs in its dtype, the others to Means, fp32."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in tl.range(0, P, BP):
+        part = first + tl.arange(0, BP)
+        inside = (part < P)[:, None] & (at < size)[None, :]
+        total += tl.sum(tl.load(Parts + part.to(tl.int64)[:, None] * size + at[None, :], mask=inside, other=0.0), 0)
+    total *= inverse
+    tl.store(Pairs + at, total.to(Pairs.dtype.element_ty), mask=at < pairs)
+    tl.store(Means + (at - pairs), total, mask=(at >= pairs) & (at < size))
 
 
 @triton.jit
 def load_pairs(Pairs, bh, dims, wide, DK: tl.constexpr, DV: tl.constexpr, KIND: tl.constexpr):
     inside = (dims < DK)[:, None] & (wide < DV)[None, :]
-    return tl.load(Pairs + bh.to(tl.int64) * (DK * DV) + dims[:, None] * DV + wide[None, :], mask=inside, other=0.0).to(
-        KIND
-    )
+    place = Pairs + bh.to(tl.int64) * (DK * DV) + dims[:, None] * DV + wide[None, :]
+    return tl.load(place, mask=inside, other=0.0).to(KIND)
 
 
 @triton.jit
 def load_mean(Mean, bh, dims, D: tl.constexpr):
-    return tl.load(Mean + bh.to(tl.int64) * D + dims, mask=dims < D, other=0.0)[None, :]
+    return tl.load(Mean + bh.to(tl.int64) * D + dims, mask=dims < D, other=0.0)
 
 
-@triton.jit(do_not_specialize=("N", "H", "scale"))
+@triton.jit
+def as_columns(x, KIND: tl.constexpr):
+    """x [R] in fp32 -> [R, SIDE] in KIND, whose rows sum to x: x rounded, what that left out, zeros."""
+    column = tl.arange(0, SIDE)[None, :]
+    near = x.to(KIND)
+    left = (x - near.to(tl.float32)).to(KIND)
+    return tl.where(column == 0, near[:, None], tl.where(column == 1, left[:, None], tl.zeros_like(near)[:, None]))
+
+
+@triton.jit(do_not_specialize=("N", "H", "PER", "skip", "scale"))
 def attend(
-    Q, Pairs, Keys, Values, Out, q_b, q_h, q_n, q_d, o_b, o_h, o_n, o_d, scale, eps, N, H,
-    DK: tl.constexpr, DV: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr, DIVIDE: tl.constexpr,
-    KIND: tl.constexpr, PRODUCT: tl.constexpr,
+    Q, Pairs, Means, Added, Out, q_b, q_h, q_n, q_d, o_b, o_h, o_n, o_d, a_b, a_h, a_n, a_d, scale, eps, N, H, PER, skip,
+    DK: tl.constexpr, DV: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr, ALIGN: tl.constexpr, DIVIDE: tl.constexpr,
+    HAS_ADDED: tl.constexpr, COLUMNS: tl.constexpr, KIND: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
-    bh = tl.program_id(0)
+    """PER queries with the sums. HAS_ADDED: Added [B, H, N - skip, V] is added to the outputs from token ``skip`` on.
+
+    COLUMNS: queries meet the mean of keys in a product, without a sum of a whole tile across threads.
+    """
+    bh, heads = tl.program_id(0), tl.num_programs(0)
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     dims, wide, rows = tl.arange(0, KP), tl.program_id(2) * BV + tl.arange(0, BV), tl.arange(0, BN)
-    first = tl.program_id(1).to(tl.int64) * BN
-    ok = rows < N - first
-    add = eps if DIVIDE else 0.0
-    q = feature(tile_of(Q + b * q_b + h * q_h + first * q_n, rows, ok, dims, q_n, q_d, DK), ok, dims, add, DK)
-    s = tl.dot(q.to(KIND), load_pairs(Pairs, bh, dims, wide, DK, DV, KIND), input_precision=PRODUCT)
-    along = tl.sum(q * load_mean(Keys, bh, dims, DK), 1)[:, None]
-    if DIVIDE:
-        out = s / tl.where(ok[:, None], along + eps, 1.0)
-    else:
-        out = scale * s + (1.0 - scale * along) * load_mean(Values, bh, wide, DV)
-    place = Out + b * o_b + h * o_h + first * o_n + rows[:, None] * o_n + wide[None, :] * o_d
-    tl.store(place, out.to(Out.dtype.element_ty), mask=ok[:, None] & (wide < DV)[None, :])
-
-
-@triton.jit(do_not_specialize=("N", "H", "scale"))
-def query_gradients(
-    Q, DO, Pairs, Keys, Values, DQ, Outer, Along, Rest, q_b, q_h, q_n, q_d, do_b, do_h, do_n, do_d, dq_b, dq_h, dq_n, dq_d,
-    scale, eps, N, H,
-    DK: tl.constexpr, DV: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr, DIVIDE: tl.constexpr,
-    KIND: tl.constexpr, PRODUCT: tl.constexpr,
-):  # fmt: skip
-    """Queries' gradients, and the weights [B, H, N] with which token_sums makes those of the sums: of pairs, keys and values."""
-    bh = tl.program_id(0)
-    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-    dims, rows = tl.arange(0, KP), tl.arange(0, BN)
-    first = tl.program_id(1).to(tl.int64) * BN
-    ok = rows < N - first
-    raw = tile_of(Q + b * q_b + h * q_h + first * q_n, rows, ok, dims, q_n, q_d, DK)
-    q = feature(raw, ok, dims, eps if DIVIDE else 0.0, DK)
-    back = tl.zeros([BN, KP], tl.float32)
-    mean = tl.zeros([BN], tl.float32)
-    for part in tl.range(0, DV, BV, num_stages=1):
-        wide = part + tl.arange(0, BV)
-        do = tile_of(DO + b * do_b + h * do_h + first * do_n, rows, ok, wide, do_n, do_d, DV)
-        back = tl.dot(
-            do.to(KIND), tl.trans(load_pairs(Pairs, bh, dims, wide, DK, DV, KIND)), back, input_precision=PRODUCT
-        )
-        if not DIVIDE:
-            mean += tl.sum(do.to(tl.float32) * load_mean(Values, bh, wide, DV), 1)
-    keys = load_mean(Keys, bh, dims, DK)
-    along = tl.sum(q * keys, 1)
-    if DIVIDE:
-        outer = 1.0 / tl.where(ok, along + eps, 1.0)
-        d_along = -tl.sum(q * back, 1) * outer * outer
-        rest = tl.zeros_like(along)
-    else:
-        outer = tl.zeros_like(along) + scale
-        d_along = -scale * mean
-        rest = 1.0 - scale * along
-    dq = back * outer[:, None] + d_along[:, None] * keys
-    place = DQ + b * dq_b + h * dq_h + first * dq_n + rows[:, None] * dq_n + dims[None, :] * dq_d
-    tl.store(place, tl.where(raw > 0, dq, 0.0).to(DQ.dtype.element_ty), mask=ok[:, None] & (dims < DK)[None, :])
-    to = bh.to(tl.int64) * N + first + rows
-    tl.store(Outer + to, outer, mask=ok)
-    tl.store(Along + to, d_along, mask=ok)
-    tl.store(Rest + to, rest, mask=ok)
-
-
-@triton.jit(do_not_specialize=("N", "H", "inverse"))
-def key_gradients(
-    K, V, KG, VG, DPairs, DKeys, DValues, DK_, DV_, DKG, DVG,
-    k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, kg_b, kg_h, kg_n, vg_b, vg_h, vg_n, dk_b, dk_h, dk_n, dk_d, dv_b, dv_h, dv_n, dv_d,
-    inverse, eps, N, H,
-    DK: tl.constexpr, DV: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr, HAS_KG: tl.constexpr, HAS_VG: tl.constexpr,
-    KIND: tl.constexpr, PRODUCT: tl.constexpr,
-):  # fmt: skip
-    """Keys', values' and gates' gradients; DKG and DVG [B, H, N], fp32. eps is 0 for subtraction."""
-    bh = tl.program_id(0)
-    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-    dims, rows = tl.arange(0, KP), tl.arange(0, BN)
-    first = tl.program_id(1).to(tl.int64) * BN
-    ok = rows < N - first
-    raw = tile_of(K + b * k_b + h * k_h + first * k_n, rows, ok, dims, k_n, k_d, DK)
-    own = feature(raw, ok, dims, eps, DK)
-    k = own
-    if HAS_KG:
-        kg = weight_of(KG + b * kg_b + h * kg_h + first * kg_n, rows, kg_n, ok)
-        k = own * kg
-    dk = tl.zeros([BN, KP], tl.float32)
-    dvg = tl.zeros([BN], tl.float32)
-    for part in tl.range(0, DV, BV, num_stages=1):
-        wide = part + tl.arange(0, BV)
-        inside = ok[:, None] & (wide < DV)[None, :]
-        pairs = load_pairs(DPairs, bh, dims, wide, DK, DV, KIND)
-        v = tile_of(V + b * v_b + h * v_h + first * v_n, rows, ok, wide, v_n, v_d, DV).to(tl.float32)
-        dv = (tl.dot(k.to(KIND), pairs, input_precision=PRODUCT) + load_mean(DValues, bh, wide, DV)) * inverse
-        if HAS_VG:
-            vg = weight_of(VG + b * vg_b + h * vg_h + first * vg_n, rows, vg_n, ok)
-            dvg += tl.sum(dv * v, 1)
-            dv *= vg
-            v *= vg
-        dk = tl.dot(v.to(KIND), tl.trans(pairs), dk, input_precision=PRODUCT)
-        place = DV_ + b * dv_b + h * dv_h + first * dv_n + rows[:, None] * dv_n + wide[None, :] * dv_d
-        tl.store(place, dv.to(DV_.dtype.element_ty), mask=inside)
-    dk = (dk + load_mean(DKeys, bh, dims, DK)) * inverse
-    to = bh.to(tl.int64) * N + first + rows
-    if HAS_VG:
-        tl.store(DVG + to, dvg, mask=ok)
-    if HAS_KG:
-        tl.store(DKG + to, tl.sum(dk * own, 1), mask=ok)
-        dk *= kg
-    place = DK_ + b * dk_b + h * dk_h + first * dk_n + rows[:, None] * dk_n + dims[None, :] * dk_d
-    tl.store(place, tl.where(raw > 0, dk, 0.0).to(DK_.dtype.element_ty), mask=ok[:, None] & (dims < DK)[None, :])
+    pairs = load_pairs(Pairs, bh, dims, wide, DK, DV, KIND)
+    keys = load_mean(Means, bh, dims, DK)
+    columns = as_columns(keys, KIND)
+    start = tl.program_id(1) * PER
+    for at in tl.range(start, tl.minimum(start + PER, N), BN):
+        ok = rows < N - at
+        first = tl.full([], 0, tl.int64) + at
+        q = tile_of(Q, b, h, first, rows, ok, dims, q_b, q_h, q_n, q_d, DK, ALIGN)
+        q = tl.maximum(q.to(tl.float32), 0.0) + (eps if DIVIDE else 0.0)  # times zeros outside
+        s = tl.dot(q.to(KIND), pairs, input_precision=PRODUCT)
+        along = tl.dot(q.to(KIND), columns) if COLUMNS else q * keys[None, :]
+        along = tl.sum(along, 1)[:, None]
+        if DIVIDE:
+            out = s / tl.where(ok[:, None], along + eps, 1.0)
+        else:
+            out = scale * s + (1.0 - scale * along) * load_mean(Means + heads * DK, bh, wide, DV)[None, :]
+        if HAS_ADDED:
+            seen = ok & (rows >= skip - at)
+            out += tile_of(Added, b, h, first - skip, rows, seen, wide, a_b, a_h, a_n, a_d, DV, ALIGN).to(tl.float32)
+        place = places(Out, b, h, first, rows, wide, o_b, o_h, o_n, o_d, ALIGN)
+        tl.store(place, out.to(Out.dtype.element_ty), mask=ok[:, None] & (wide < DV)[None, :])

@@ -1,16 +1,19 @@
-"""The Triton kernels of gated linear attention: sums of a chunk, states between chunks, outputs (and values' gradients) of a chunk.
+"""The Triton kernels of gated linear attention: the states that enter the chunks, and the outputs of a chunk.
 
-Letters: B batch, H heads, N tokens, K key width, V value width, C tokens of a chunk, M chunks, BK key channels of a tile, VP value
-width padded to a power of two. Gates are in log2 units inside.
+Letters: B batch, H heads, N tokens, K key width, V value width, C tokens of a chunk, M chunks, BK key channels and BV value channels
+of a tile. Gates are in log2 units inside.
 
-* The split of a chunk into levels, and why nothing can overflow or cancel, is told in chunked.py. Here all pairs of a level are one
-  product of whole tiles, of which a mask keeps that level's pairs: tensor cores are cheaper than moving quarters of tiles around.
-* Both directions share that product: at one level a token of a right half asks forwards and is asked backwards, a token of a left
-  half the reverse, so one pair of factors a token serves both, and the chunk's matrix of weights is simply full.
-* A gate of one number per head is summed over runs in the same way, but multiplies a single product of queries and keys.
-* Gates, sums, states and accumulators are fp32. Products take the inputs' dtype; those with states take bf16 for bf16 inputs, else
-  fp32 (as tf32 for fp16 inputs), because a state in fp16 could overflow. Products of fp32 inputs are three tf32 products each
-  (tf32x3: errors of fp32's size): true fp32 products of these tiles do not fit the registers.
+* A chunk is seen from its centre. Per channel, ``whole`` is the log2 decay across the chunk and ``upto`` that from the state which
+  enters to a token; queries take 2^(upto - whole/2), keys the inverse. Then one product holds every pair's weight, the factors of both
+  reach half the chunk's decay either way, and the state as seen from the centre meets the same rounded queries. Pairs in the wrong
+  order come out huge; a mask drops them.
+* That is exact while no channel of the chunk decays by more than 2^LIMIT: over 64 tokens with x about 0, gates of sigmoid(x)^(1/16) decay
+  by some 2^-5, of sigmoid(x) by 2^-75. Any other chunk is read one token after the other (portable_steps.py): slower, and right for every gate, -inf included.
+* Both directions share q, k, v: each fills one triangle of the weights, and the diagonal twice.
+* With one gate a head, the product of queries and keys is multiplied by decays that are differences of sums.
+* What the state hands on is summed, never subtracted, so a huge gate does not blur those beside it.
+* Gates, sums, states and accumulators are fp32. Products with factors and states take bf16 for bf16 inputs, else fp32 (as three tf32 products
+  each), because fp16 would overflow.
 """
 
 from __future__ import annotations
@@ -18,339 +21,187 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from foveal.kernels.gated_linear.portable_steps import step_outputs
+from foveal.kernels.gated_linear.spans import (
+    centre_of,
+    in_order,
+    limit_of,
+    load_gate,
+    load_state,
+    load_tile,
+    pair_decays,
+    running_sum,
+    spans,
+)
+
+UNSPECIALISED = ("H", "N", "M", "heads", "scale")
 
 
 @triton.jit
-def load_tile(base, rows, ok, dims, stride_n, stride_d, D):
-    """Rows of [.., N, D] -> [rows, dims], 0 outside."""
-    return tl.load(
-        base + rows[:, None] * stride_n + dims[None, :] * stride_d, mask=ok[:, None] & (dims < D)[None, :], other=0.0
-    )
-
-
-@triton.jit
-def load_gate(base, rows, ok, dims, stride_n, stride_d, D, VECTOR: tl.constexpr):
-    """-> log2 gates [rows, dims], or [rows, 1] for one gate a head."""
-    if VECTOR:
-        gate = load_tile(base, rows, ok, dims, stride_n, stride_d, D)
-    else:
-        gate = tl.load(base + rows * stride_n, mask=ok, other=0.0)[:, None]
-    return gate.to(tl.float32) * LOG2E
-
-
-@triton.jit
-def doubled(upto, after, rows, LEVEL):
-    """Sums over blocks of 2^LEVEL tokens -> over blocks twice as long: add what the neighbouring block holds in all."""
-    whole = upto + after
-    index = tl.broadcast_to((rows ^ (1 << LEVEL))[:, None], whole.shape)
-    other = tl.gather(whole, index, 0)
-    right = (((rows >> LEVEL) & 1) != 0)[:, None]
-    return upto + tl.where(right, other, 0.0), after + tl.where(right, 0.0, other)
-
-
-@triton.jit
-def apart(rows, LEVEL, FORWARD: tl.constexpr, BACKWARD: tl.constexpr):
-    """[query, key]: pairs that this level separates, in the order that the direction reads."""
-    query, key = rows[:, None], rows[None, :]
-    here = ((query ^ key) >> LEVEL) == 1
-    if FORWARD and BACKWARD:
-        return here
-    elif FORWARD:
-        return here & (query > key)
-    else:
-        return here & (query < key)
-
-
-@triton.jit
-def factors(fu, fa, bu, ba, rows, LEVEL, FORWARD: tl.constexpr, BACKWARD: tl.constexpr):
-    """exp of the sums from each token to the middle of its block, as a query and as a key. Forward/backward, upto/after."""
-    right = (((rows >> LEVEL) & 1) != 0)[:, None]
-    if FORWARD and BACKWARD:
-        return tl.exp2(tl.where(right, fu, ba)), tl.exp2(tl.where(right, bu, fa))
-    elif FORWARD:
-        both = tl.exp2(tl.where(right, fu, fa))
-        return both, both
-    else:
-        both = tl.exp2(tl.where(right, bu, ba))
-        return both, both
-
-
-@triton.jit
-def pair_weights(
-    a, q, k, fu, fa, bu, ba, rows, LEVELS: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr, PRODUCT: tl.constexpr
+def sweep(
+    X, Y, G, First, States, Last, x_n, x_d, y_n, y_d, g_n, g_d, scale, N, M, at, dims, wide,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, LEFT: tl.constexpr,
+    QUERY: tl.constexpr, HAS_FIRST: tl.constexpr, NEED_LAST: tl.constexpr, MIXED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Adds this tile's share of every pair's weight to a [C, C]; -> a, and the sums over the whole chunk."""
-    for level in tl.range(0, LEVELS, num_stages=1):
-        query, key = factors(fu, fa, bu, ba, rows, level, FORWARD, BACKWARD)
-        qx, kx = (q * query).to(q.dtype), (k * key).to(k.dtype)
-        s = tl.dot(qx, tl.trans(kx), a, input_precision=PRODUCT)
-        a = tl.where(apart(rows, level, FORWARD, BACKWARD), s, a)
-        if FORWARD:
-            fu, fa = doubled(fu, fa, rows, level)
-        if BACKWARD:
-            bu, ba = doubled(bu, ba, rows, level)
-    return a, fu, fa, bu, ba
-
-
-@triton.jit
-def pair_decays(
-    fu, fa, bu, ba, rows, C: tl.constexpr, LEVELS: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr
-):
-    """One gate a head, sums [C, 1]: the decay between every pair [C, C] (0 where no direction reads it, counted on the diagonal)."""
-    span = tl.full([C, C], -float("inf"), tl.float32)
-    for level in tl.range(0, LEVELS, num_stages=1):
-        right = (((rows >> level) & 1) != 0)[:, None]
-        if FORWARD and BACKWARD:
-            query, key = tl.where(right, fu, ba), tl.where(right, bu, fa)
-        elif FORWARD:
-            query, key = fu, fa
-        else:
-            query, key = ba, bu
-        span = tl.where(apart(rows, level, FORWARD, BACKWARD), query + tl.trans(key), span)
-        if FORWARD:
-            fu, fa = doubled(fu, fa, rows, level)
-        if BACKWARD:
-            bu, ba = doubled(bu, ba, rows, level)
-    own: tl.constexpr = 2.0 if FORWARD and BACKWARD else 1.0
-    return tl.where(rows[:, None] == rows[None, :], own, tl.exp2(span)), fu, fa, bu, ba
-
-
-@triton.jit
-def both_sums(
-    GF,
-    GB,
-    rows,
-    ok,
-    dims,
-    gf_n,
-    gf_d,
-    gb_n,
-    gb_d,
-    D,
-    VECTOR: tl.constexpr,
-    FORWARD: tl.constexpr,
-    BACKWARD: tl.constexpr,
-):
-    """(upto, after) of blocks of one token: forward sums take a token's own gate before it, backward ones after it."""
-    if FORWARD:
-        fu = load_gate(GF, rows, ok, dims, gf_n, gf_d, D, VECTOR)
-        fa = tl.zeros_like(fu)
-        if not BACKWARD:
-            bu, ba = fu, fa
-    if BACKWARD:
-        ba = load_gate(GB, rows, ok, dims, gb_n, gb_d, D, VECTOR)
-        bu = tl.zeros_like(ba)
-        if not FORWARD:
-            fu, fa = bu, ba
-    return fu, fa, bu, ba
-
-
-@triton.jit
-def running_sum(x, REVERSE: tl.constexpr):
-    """Cumulative sum over rows. [C, 1] goes as a vector: triton 3.6 fails to compile the scan of a single column."""
-    if x.shape[1] == 1:
-        return tl.cumsum(tl.sum(x, 1), 0, reverse=REVERSE)[:, None]
-    else:
-        return tl.cumsum(x, 0, reverse=REVERSE)
-
-
-UNSPECIALISED = ("H", "N", "M", "scale", "lead")
-
-
-@triton.jit(do_not_specialize=UNSPECIALISED)
-def chunk_sums(
-    X, Y, GF, GB, Sums, Keep,
-    x_b, x_h, x_n, x_d, y_b, y_h, y_n, y_d, gf_b, gf_h, gf_n, gf_d, gb_b, gb_h, gb_n, gb_d,
-    scale, H, N, M, lead,
-    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, VP: tl.constexpr, KTILES: tl.constexpr, C: tl.constexpr,
-    VECTOR: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr, QUERY: tl.constexpr, PRODUCT: tl.constexpr,
-):  # fmt: skip
-    """What each chunk adds to the state it hands on, ``(x * decay to the chunk's end)^T y``, and the log2 decay across the chunk.
-
-    x are keys and y values; or (QUERY) x are queries and y the output's gradient, for the states' gradients, which run the other
-    way. Sums [directions, B H, M, K, V], Keep [directions, B H, M, K or 1]; lead = B H M.
-    """
-    tile = tl.program_id(0) % KTILES
-    at = tl.program_id(0) // KTILES  # (batch, head, chunk)
-    m, bh = at % M, at // M
-    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-    first = m.to(tl.int64) * C
+    """One direction of one head, chunk after chunk; at: its number. The state is kept before each chunk, as seen from that chunk's centre."""
+    KIND: tl.constexpr = tl.bfloat16 if X.dtype.element_ty == tl.bfloat16 else tl.float32
     rows = tl.arange(0, C)
-    ok = rows < N - m * C
-    dims, wide = tile * BK + tl.arange(0, BK), tl.arange(0, VP)
-    x = load_tile(X + b * x_b + h * x_h + first * x_n, rows, ok, dims, x_n, x_d, DK)
-    y = load_tile(Y + b * y_b + h * y_h + first * y_n, rows, ok, wide, y_n, y_d, DV)
-    if FORWARD:
-        _one_sum(
-            x,
-            y,
-            GF + b * gf_b + h * gf_h + first * gf_n,
-            gf_n,
-            gf_d,
-            Sums,
-            Keep,
-            rows,
-            ok,
-            dims,
-            wide,
-            at,
-            scale,
-            DK,
-            DV,
-            C,
-            VECTOR,
-            QUERY,
-            not QUERY,
-            PRODUCT,
-        )
-    if BACKWARD:
-        to = tl.where(FORWARD, lead, 0) + at
-        _one_sum(
-            x,
-            y,
-            GB + b * gb_b + h * gb_h + first * gb_n,
-            gb_n,
-            gb_d,
-            Sums,
-            Keep,
-            rows,
-            ok,
-            dims,
-            wide,
-            to,
-            scale,
-            DK,
-            DV,
-            C,
-            VECTOR,
-            QUERY,
-            QUERY,
-            PRODUCT,
-        )
-
-
-@triton.jit
-def _one_sum(
-    x, y, gates, g_n, g_d, Sums, Keep, rows, ok, dims, wide, to, scale,
-    DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, OWN: tl.constexpr, TO_END: tl.constexpr,
-    PRODUCT: tl.constexpr,
-):  # fmt: skip
-    """OWN: a token's own gate lies between it and the state; TO_END: the state is to the right of the chunk."""
-    gate = load_gate(gates, rows, ok, dims, g_n, g_d, DK, VECTOR)
-    whole = tl.sum(gate, 0)
-    if not OWN:  # the gates beside each token instead: sums without subtracting anything
-        beside = rows + (1 if TO_END else -1)
-        inside = (beside >= 0) & (beside < C) & (tl.sum(ok.to(tl.int32), 0) > beside)
-        gate = load_gate(gates, beside, inside, dims, g_n, g_d, DK, VECTOR)
-    span = running_sum(gate, TO_END)
-    xx = (x * tl.exp2(span)).to(x.dtype)
-    total = tl.dot(tl.trans(xx), y, input_precision=PRODUCT) * scale
-    place = Sums + to.to(tl.int64) * (DK * DV) + dims[:, None] * DV + wide[None, :]
-    tl.store(place, total.to(Sums.dtype.element_ty), mask=(dims < DK)[:, None] & (wide < DV)[None, :])
-    if VECTOR:
-        tl.store(Keep + to.to(tl.int64) * DK + dims, whole, mask=dims < DK)
-    else:
-        tl.store(Keep + to.to(tl.int64) + tl.zeros_like(whole).to(tl.int32), whole)
-
-
-@triton.jit(do_not_specialize=("M", "lead"))
-def scan_states(
-    Sums, Keep, First, Last, M, lead,
-    DK: tl.constexpr, DV: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr, RTILES: tl.constexpr, VTILES: tl.constexpr,
-    VECTOR: tl.constexpr, REVERSE: tl.constexpr, HAS_FIRST: tl.constexpr, NEED_LAST: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Turns what chunks add into the states that enter them, in place. Directions alternate; lead = B H programs of each.
-
-    First and Last [B H, K, V] belong to the first direction. REVERSE: that direction runs from the last chunk to the first.
-    """
-    pid = tl.program_id(0)
-    part, head = pid % (RTILES * VTILES), pid // (RTILES * VTILES)
-    dims, wide = part // VTILES * BR + tl.arange(0, BR), part % VTILES * BV + tl.arange(0, BV)
-    ok = (dims < DK)[:, None] & (wide < DV)[None, :]
-    second = head >= lead
-    back = second != REVERSE
+    inside = (dims < DK)[:, None] & (wide < DV)[None, :]
     offset = dims[:, None] * DV + wide[None, :]
-    state = tl.zeros([BR, BV], tl.float32)
+    state = tl.zeros([BK, BV], tl.float32)
     if HAS_FIRST:
-        state = tl.load(First + head.to(tl.int64) * (DK * DV) + offset, mask=ok & (not second), other=0.0).to(
-            tl.float32
-        )
-    start = head.to(tl.int64) * M
-    for i in tl.range(0, M, num_stages=STAGES):
-        at = start + tl.where(back, M - 1 - i, i)
-        place = Sums + at * (DK * DV) + offset
-        added = tl.load(place, mask=ok, other=0.0).to(tl.float32)
-        if VECTOR:
-            keep = tl.exp2(tl.load(Keep + at * DK + dims, mask=dims < DK, other=0.0))[:, None]
-        else:
-            keep = tl.exp2(tl.load(Keep + at))
-        tl.store(place, state.to(Sums.dtype.element_ty), mask=ok)
-        state = keep * state + added
+        state = tl.load(First + at * (DK * DV) + offset, mask=inside, other=0.0)
+    for step in tl.range(0, M, num_stages=STAGES, disable_licm=True):
+        m = step if LEFT != QUERY else M - 1 - step
+        first = m.to(tl.int64) * C
+        count = tl.minimum(C, N - m * C)
+        gates = G + first * g_n
+        x = load_tile(X + first * x_n, rows, rows < count, dims, x_n, x_d, DK)
+        y = load_tile(Y + first * y_n, rows, rows < count, wide, y_n, y_d, DV)
+        if QUERY:
+            span, whole = spans(gates, rows, rows < count, dims, g_n, g_d, DK, VECTOR, LEFT)
+        else:  # from each token to the state: the gates beside it, towards the end of the chunk, and the one that is beside none
+            beside = rows + (1 if LEFT else -1)
+            gate = load_gate(
+                gates, beside, (rows < count) & (beside >= 0) & (beside < count), dims, g_n, g_d, DK, VECTOR
+            )
+            span = running_sum(gate, LEFT)
+            edge = tl.zeros([1], tl.int32) + (0 if LEFT else count - 1)
+            whole = tl.sum(gate, 0) + tl.sum(load_gate(gates, edge, edge >= 0, dims, g_n, g_d, DK, VECTOR), 0)
+        kept = state * tl.exp2(centre_of(whole))[:, None]
+        tl.store(States + (at * M + m) * (DK * DV) + offset, kept.to(States.dtype.element_ty), mask=inside)
+        x = (x * (tl.exp2(span) * scale)).to(KIND)
+        state = tl.dot(tl.trans(x), y.to(KIND), state * tl.exp2(whole)[:, None], input_precision=MIXED)
     if NEED_LAST:
-        tl.store(Last + head.to(tl.int64) * (DK * DV) + offset, state, mask=ok & (not second))
-
-
-@triton.jit
-def load_state(States, at, dims, wide, DK: tl.constexpr, DV: tl.constexpr):
-    """-> [BK, VP]"""
-    place = States + at.to(tl.int64) * (DK * DV) + dims[:, None] * DV + wide[None, :]
-    return tl.load(place, mask=(dims < DK)[:, None] & (wide < DV)[None, :], other=0.0)
+        tl.store(Last + at * (DK * DV) + offset, state, mask=inside)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
-def chunk_apply(
+def chunk_states(
+    X, Y, GF, GB, First, States, Last,
+    x_b, x_h, x_n, x_d, y_b, y_h, y_n, y_d, gf_b, gf_h, gf_n, gf_d, gb_b, gb_h, gb_n, gb_d,
+    scale, H, N, M, heads,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KTILES: tl.constexpr, VTILES: tl.constexpr, C: tl.constexpr,
+    VECTOR: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr, QUERY: tl.constexpr, HAS_FIRST: tl.constexpr,
+    NEED_LAST: tl.constexpr, MIXED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """States [directions, B H, M, K, V] that enter each chunk, seen from its centre; ``state <- decay state + (x * decay)^T y``.
+
+    x are keys and y values; or (QUERY) x are queries and y the output's gradient, for the states' gradients, which run the other way.
+    First and Last [B H, K, V] fp32 belong to the first direction. heads: B H. One program per direction, head and tile of the state.
+    """
+    part, at = tl.program_id(0) % (KTILES * VTILES), tl.program_id(0) // (KTILES * VTILES)
+    dims, wide = part // VTILES * BK + tl.arange(0, BK), part % VTILES * BV + tl.arange(0, BV)
+    bh = at % heads
+    b, h, at = (bh // H).to(tl.int64), (bh % H).to(tl.int64), at.to(tl.int64)
+    X += b * x_b + h * x_h
+    Y += b * y_b + h * y_h
+    if FORWARD and at < heads:
+        sweep(
+            X, Y, GF + b * gf_b + h * gf_h, First, States, Last, x_n, x_d, y_n, y_d, gf_n, gf_d, scale, N, M, at, dims, wide,
+            DK, DV, BK, BV, C, VECTOR, True, QUERY, HAS_FIRST, NEED_LAST, MIXED, STAGES,
+        )  # fmt: skip
+    if BACKWARD and (at >= heads or not FORWARD):
+        sweep(
+            X, Y, GB + b * gb_b + h * gb_h, First, States, Last, x_n, x_d, y_n, y_d, gb_n, gb_d, scale, N, M, at, dims, wide,
+            DK, DV, BK, BV, C, VECTOR, False, QUERY, HAS_FIRST and not FORWARD, NEED_LAST and not FORWARD, MIXED, STAGES,
+        )  # fmt: skip
+
+
+@triton.jit
+def see(
+    q, k, gates, States, at, a, out, rows, ok, dims, wide, g_n, g_d,
+    DK: tl.constexpr, DV: tl.constexpr, VECTOR: tl.constexpr, LEFT: tl.constexpr, HAS_STATES: tl.constexpr, MIXED: tl.constexpr,
+):  # fmt: skip
+    """Adds to a the weights of one direction's pairs (of these key channels), or their decays, and to out what the state gives.
+
+    -> a, out, log2 decay across the chunk of the channel that decays most
+    """
+    KIND: tl.constexpr = tl.bfloat16 if q.dtype == tl.bfloat16 else tl.float32
+    upto, whole = spans(gates, rows, ok, dims, g_n, g_d, DK, VECTOR, LEFT)
+    query = tl.exp2(upto - centre_of(whole))
+    if VECTOR:
+        x = (q * query).to(KIND)
+        key = (k * tl.exp2(whole - upto - centre_of(whole))).to(KIND)
+        a += tl.where(in_order(rows, LEFT), tl.dot(x, tl.trans(key), input_precision=MIXED), 0.0)
+    else:
+        a += pair_decays(upto, rows, LEFT)
+    if HAS_STATES:
+        s = load_state(States, at, dims, wide, DK, DV)
+        if VECTOR:
+            out = tl.dot(x, s, out, input_precision=MIXED)
+        else:
+            out += tl.dot(q.to(KIND), s, input_precision=MIXED) * query
+    return a, out, tl.min(whole, 0)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def chunk_outputs(
     Q, K, Y, GF, GB, States, Out,
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, y_b, y_h, y_n, y_d, gf_b, gf_h, gf_n, gf_d, gb_b, gb_h, gb_n, gb_d, o_b, o_h, o_n, o_d,
-    scale, H, N, M, lead,
-    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, VP: tl.constexpr, KTILES: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
-    VECTOR: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr, HAS_STATES: tl.constexpr, TRANSPOSED: tl.constexpr,
-    PRODUCT: tl.constexpr, MIXED: tl.constexpr,
+    scale, H, N, M, heads,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KTILES: tl.constexpr, VTILES: tl.constexpr, C: tl.constexpr,
+    VECTOR: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr, HAS_STATES: tl.constexpr, PRODUCT: tl.constexpr,
+    MIXED: tl.constexpr,
 ):  # fmt: skip
-    """out = A y + decayed queries x states; or (TRANSPOSED) values' gradient = A^T y + decayed keys x states' gradients.
-
-    A [C, C]: scaled weights of the chunk's pairs. One program per chunk and head.
-    """
-    at = tl.program_id(0)
-    m, bh = at % M, at // M
-    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-    first = m.to(tl.int64) * C
+    """out = scale (A y + queries from the chunk's centre x states seen from there). One program per chunk, head and tile of values."""
+    wide = tl.program_id(0) % VTILES * BV + tl.arange(0, BV)
+    at = tl.program_id(0) // VTILES  # heads beside each other: their rows may be too
+    h, m, b = at % H, at // H % M, at // (H * M)
+    forward = (b * H + h) * M + m  # number of the state from the left
+    backward = forward + (heads * M if FORWARD else 0)
+    first, b, h = m.to(tl.int64) * C, b.to(tl.int64), h.to(tl.int64)
+    Q += b * q_b + h * q_h + first * q_n
+    K += b * k_b + h * k_h + first * k_n
+    Y += b * y_b + h * y_h + first * y_n
+    GF += b * gf_b + h * gf_h + first * gf_n
+    GB += b * gb_b + h * gb_h + first * gb_n
     rows = tl.arange(0, C)
-    ok = rows < N - m * C
-    wide = tl.arange(0, VP)
+    count = tl.minimum(C, N - m * C)
+    ok = rows < count
+    out = tl.zeros([C, BV], tl.float32)
     a = tl.zeros([C, C], tl.float32)
-    self_weight = tl.zeros([C], tl.float32)
-    out = tl.zeros([C, VP], tl.float32)
+    decay = tl.zeros([C, C], tl.float32)
+    lowest = 0.0
     for tile in tl.static_range(KTILES):
         dims = tile * BK + tl.arange(0, BK)
-        q = load_tile(Q + b * q_b + h * q_h + first * q_n, rows, ok, dims, q_n, q_d, DK)
-        k = load_tile(K + b * k_b + h * k_h + first * k_n, rows, ok, dims, k_n, k_d, DK)
-        fu, fa, bu, ba = both_sums(
-            GF + b * gf_b + h * gf_h + first * gf_n, GB + b * gb_b + h * gb_h + first * gb_n, rows, ok, dims,
-            gf_n, gf_d, gb_n, gb_d, DK, VECTOR, FORWARD, BACKWARD,
-        )  # fmt: skip
-        if VECTOR:
-            a, fu, fa, bu, ba = pair_weights(a, q, k, fu, fa, bu, ba, rows, LEVELS, FORWARD, BACKWARD, PRODUCT)
-            self_weight += tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
-        else:
+        q = load_tile(Q, rows, ok, dims, q_n, q_d, DK)
+        k = load_tile(K, rows, ok, dims, k_n, k_d, DK)
+        part = a
+        if not VECTOR:
             a = tl.dot(q, tl.trans(k), a, input_precision=PRODUCT)
-            decay, fu, fa, bu, ba = pair_decays(fu, fa, bu, ba, rows, C, LEVELS, FORWARD, BACKWARD)
-        if HAS_STATES:
+            part = tl.zeros([C, C], tl.float32)
+        if FORWARD:
+            part, out, low = see(
+                q, k, GF, States, forward, part, out, rows, ok, dims, wide, gf_n, gf_d, DK, DV, VECTOR, True, HAS_STATES, MIXED
+            )  # fmt: skip
+            lowest = tl.minimum(lowest, low)
+        if BACKWARD:
+            part, out, low = see(
+                q, k, GB, States, backward, part, out, rows, ok, dims, wide, gb_n, gb_d, DK, DV, VECTOR, False, HAS_STATES, MIXED
+            )  # fmt: skip
+            lowest = tl.minimum(lowest, low)
+        if VECTOR:
+            a = part
+        else:
+            decay = part
+    if not VECTOR:
+        a *= decay
+    y = load_tile(Y, rows, ok, wide, y_n, y_d, DV)
+    out = tl.dot(a.to(y.dtype), y, out, input_precision=PRODUCT)
+    if lowest <= limit_of(Q.dtype.element_ty, VECTOR):
+        out = tl.zeros([C, BV], tl.float32)
+        for piece in tl.range(0, KTILES, num_stages=1):
+            channels = piece * BK + tl.arange(0, BK)
             if FORWARD:
-                s = load_state(States, at, dims, wide, DK, DV)
-                x = (k * tl.exp2(fa)) if TRANSPOSED else (q * tl.exp2(fu)) * scale
-                out = tl.dot(x.to(s.dtype), s, out, input_precision=MIXED)
+                out = step_outputs(
+                    Q, K, Y, GF, States, forward, out, rows, ok, count, channels, wide, q_n, q_d, k_n, k_d, y_n, y_d, gf_n, gf_d,
+                    DK, DV, BK, BV, VECTOR, True, HAS_STATES,
+                )  # fmt: skip
             if BACKWARD:
-                s = load_state(States, tl.where(FORWARD, lead, 0) + at, dims, wide, DK, DV)
-                x = (k * tl.exp2(bu)) if TRANSPOSED else (q * tl.exp2(ba)) * scale
-                out = tl.dot(x.to(s.dtype), s, out, input_precision=MIXED)
-    if VECTOR:
-        own: tl.constexpr = 2.0 if FORWARD and BACKWARD else 1.0
-        a = tl.where(rows[:, None] == rows[None, :], own * self_weight[:, None], a)
-    else:
-        a = a * decay
-    y = load_tile(Y + b * y_b + h * y_h + first * y_n, rows, ok, wide, y_n, y_d, DV)
-    weights = (a * scale).to(y.dtype)
-    out = tl.dot(tl.trans(weights) if TRANSPOSED else weights, y, out, input_precision=PRODUCT)
+                out = step_outputs(
+                    Q, K, Y, GB, States, backward, out, rows, ok, count, channels, wide, q_n, q_d, k_n, k_d, y_n, y_d, gb_n, gb_d,
+                    DK, DV, BK, BV, VECTOR, False, HAS_STATES,
+                )  # fmt: skip
     place = Out + b * o_b + h * o_h + first * o_n + rows[:, None] * o_n + wide[None, :] * o_d
-    tl.store(place, out.to(Out.dtype.element_ty), mask=ok[:, None] & (wide < DV)[None, :])
+    tl.store(place, (out * scale).to(Out.dtype.element_ty), mask=ok[:, None] & (wide < DV)[None, :])

@@ -1,9 +1,11 @@
-"""The Triton kernel of the gradients of queries, keys and gates of gated linear attention. Letters as in portable.py.
+"""The Triton kernel of the gradients of queries, keys, values and gates of gated linear attention. Letters as in portable.py.
 
-* One program per chunk, head and tile of key channels: with a gate per channel nothing here sums over channels.
-* A gate's gradient is a sum over the pairs whose run of tokens holds it. Pairs of one chunk: (query's share - key's share) summed
-  from the token on; both shares come from the same rounded factors, so pairs that do not hold the gate cancel to fp32. Pairs across
-  chunks are summed from their own side, so that nothing has to cancel.
+* One program per chunk, head and tile of key channels; what sums over key channels (values, a gate for a whole head) is summed afterwards
+  where there are several tiles.
+* From the chunk's centre, states and their gradients meet the same factors as pairs do: everything about a token is one accumulator times
+  one factor.
+* A gate's gradient is the sum of q dq - k dk from its token to the chunk's end, plus what the leaving state and its gradient give. Both
+  shares come from the same rounded factors, so pairs that do not hold the gate cancel to fp32.
 * Sums along the chunk are ``cumsum``, not products with a triangular matrix, which some versions of the compiler get wrong on
   Hopper (gated scalar backward, Triton 3.4 to 3.7.0).
 """
@@ -13,166 +15,208 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from foveal.kernels.gated_linear.portable import (
-    UNSPECIALISED,
-    apart,
-    both_sums,
-    doubled,
-    factors,
+from foveal.kernels.gated_linear.portable import UNSPECIALISED
+from foveal.kernels.gated_linear.portable_steps import step_gradients
+from foveal.kernels.gated_linear.spans import (
+    centre_of,
+    in_order,
+    limit_of,
     load_state,
     load_tile,
     pair_decays,
     running_sum,
+    spans,
 )
+
+
+@triton.jit
+def factors(q, k, gates, rows, ok, dims, g_n, g_d, DK: tl.constexpr, VECTOR: tl.constexpr, LEFT: tl.constexpr):
+    """-> factors of queries and keys [C, BK or 1], upto, whole (see portable.py)"""
+    upto, whole = spans(gates, rows, ok, dims, g_n, g_d, DK, VECTOR, LEFT)
+    centre = centre_of(whole)
+    return tl.exp2(upto - centre), tl.exp2(whole - upto - centre), upto, whole
+
+
+@triton.jit
+def weights(
+    q, k, gates, rows, ok, dims, g_n, g_d, DK: tl.constexpr, VECTOR: tl.constexpr, LEFT: tl.constexpr, MIXED: tl.constexpr
+):  # fmt: skip
+    """-> one direction's weights of pairs, or their decays [C, C]; q and k times their factors; the lowest log2 decay across the chunk"""
+    KIND: tl.constexpr = tl.bfloat16 if q.dtype == tl.bfloat16 else tl.float32
+    query, key, upto, whole = factors(q, k, gates, rows, ok, dims, g_n, g_d, DK, VECTOR, LEFT)
+    qx, kx = (q * query).to(KIND), (k * key).to(KIND)
+    if VECTOR:
+        a = tl.where(in_order(rows, LEFT), tl.dot(qx, tl.trans(kx), input_precision=MIXED), 0.0)
+    else:
+        a = pair_decays(upto, rows, LEFT)
+    return a, qx, kx, tl.min(whole, 0)
+
+
+@triton.jit
+def one_direction(
+    q, k, qx, kx, gates, V, DO, States, Grads, at, da, z, rows, ok, dims, v_n, v_d, do_n, do_d, g_n, g_d, scale,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, LEFT: tl.constexpr,
+    HAS_STATES: tl.constexpr, MIXED: tl.constexpr,
+):  # fmt: skip
+    """-> dq, dk (with one gate a head: only what states give), the gates' gradient. z: what pairs give it, with one gate a head"""
+    KIND: tl.constexpr = tl.bfloat16 if q.dtype == tl.bfloat16 else tl.float32
+    dqx, dkx = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
+    through = tl.zeros([BK], tl.float32)
+    if HAS_STATES:
+        for part in tl.range(0, DV, BV, num_stages=1):
+            wide = part + tl.arange(0, BV)
+            s, ds = load_state(States, at, dims, wide, DK, DV), load_state(Grads, at, dims, wide, DK, DV)
+            do = load_tile(DO, rows, ok, wide, do_n, do_d, DV).to(KIND)
+            v = load_tile(V, rows, ok, wide, v_n, v_d, DV).to(KIND)
+            through += tl.sum(s.to(tl.float32) * ds.to(tl.float32), 1)
+            dqx = tl.dot(do, tl.trans(s), dqx, input_precision=MIXED)
+            dkx = tl.dot(v, tl.trans(ds), dkx, input_precision=MIXED)
+        dqx *= scale
+    # Gates are read again: their factors would fill the registers meanwhile.
+    query, key, _upto, whole = factors(q, k, gates, rows, ok, dims, g_n, g_d, DK, VECTOR, LEFT)
+    through = through * tl.exp2(whole - 2 * centre_of(whole)) + tl.sum(kx * dkx, 0)
+    if VECTOR:
+        d = tl.where(in_order(rows, LEFT), da, tl.zeros_like(da))
+        dqx = tl.dot(d, kx, dqx, input_precision=MIXED)
+        dkx = tl.dot(tl.trans(d), qx, dkx, input_precision=MIXED)
+        dg = running_sum(qx * dqx - kx * dkx, LEFT) + through[None, :]
+        return dqx * query, dkx * key, dg
+    else:
+        dq, dk = dqx * query, dkx * key
+        z += tl.sum(q * dq - k * dk, 1)[:, None]
+        return dq, dk, running_sum(z, LEFT) + tl.sum(through, 0)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def chunk_gradients(
-    Q, K, V, DO, GF, GB, States, Grads, DQ, DK_, DGF, DGB,
+    Q, K, V, DO, GF, GB, States, Grads, DQ, DK_, DV_, DGF, DGB,
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, do_b, do_h, do_n, do_d, gf_b, gf_h, gf_n, gf_d, gb_b, gb_h, gb_n, gb_d,
-    dq_b, dq_h, dq_n, dq_d, dk_b, dk_h, dk_n, dk_d,
-    scale, H, N, M, lead,
-    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KTILES: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
-    VECTOR: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr, HAS_STATES: tl.constexpr, PRODUCT: tl.constexpr, MIXED: tl.constexpr,
+    dq_b, dq_h, dq_n, dq_d, dk_b, dk_h, dk_n, dk_d, dv_t, dv_b, dv_h, dv_n, dv_d, dgf_t, dgf_b, dgf_h, dgf_n, dgf_d, dgb_t, dgb_b, dgb_h, dgb_n, dgb_d,
+    scale, H, N, M, heads,
+    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KTILES: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr,
+    FORWARD: tl.constexpr, BACKWARD: tl.constexpr, HAS_STATES: tl.constexpr, PRODUCT: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """States [directions, B H, M, K, V] entering each chunk, Grads those of the states leaving it, both fp32.
+    """States [directions, B H, M, K, V] entering each chunk and Grads of those leaving it, both seen from its centre.
 
-    DGF, DGB [B, H, N, K], or [tiles, B, H, N] with one gate a head, fp32.
+    DV [tiles, B, H, N, V] and, with one gate a head, DGF and DGB [tiles, B, H, N, 1]: a share for every tile of key channels.
     """
-    tile = tl.program_id(0) % KTILES
-    at = tl.program_id(0) // KTILES
-    m, bh = at % M, at // M
-    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-    first = m.to(tl.int64) * C
+    tile, at = tl.program_id(0) % KTILES, tl.program_id(0) // KTILES
+    h, m, b = at % H, at // H % M, at // (H * M)
+    forward = (b * H + h) * M + m
+    backward = forward + (heads * M if FORWARD else 0)
+    first, b, h, tile = m.to(tl.int64) * C, b.to(tl.int64), h.to(tl.int64), tile.to(tl.int64)
+    Q += b * q_b + h * q_h + first * q_n
+    K += b * k_b + h * k_h + first * k_n
+    V += b * v_b + h * v_h + first * v_n
+    DO += b * do_b + h * do_h + first * do_n
+    GF += b * gf_b + h * gf_h + first * gf_n
+    GB += b * gb_b + h * gb_h + first * gb_n
+    DQ += b * dq_b + h * dq_h + first * dq_n
+    DK_ += b * dk_b + h * dk_h + first * dk_n
+    DV_ += tile * dv_t + b * dv_b + h * dv_h + first * dv_n
+    DGF += tile * dgf_t + b * dgf_b + h * dgf_h + first * dgf_n
+    DGB += tile * dgb_t + b * dgb_b + h * dgb_h + first * dgb_n
+    INPUT: tl.constexpr = Q.dtype.element_ty
+    KIND: tl.constexpr = tl.bfloat16 if Q.dtype.element_ty == tl.bfloat16 else tl.float32
+    dims = tile.to(tl.int32) * BK + tl.arange(0, BK)
     rows = tl.arange(0, C)
-    ok = rows < N - m * C
-    dims = tile * BK + tl.arange(0, BK)
-    values, grads = V + b * v_b + h * v_h + first * v_n, DO + b * do_b + h * do_h + first * do_n
+    count = tl.minimum(C, N - m * C)
+    ok = rows < count
+    q = load_tile(Q, rows, ok, dims, q_n, q_d, DK)
+    k = load_tile(K, rows, ok, dims, k_n, k_d, DK)
+    a, lowest = tl.zeros([C, C], tl.float32), 0.0
+    if FORWARD:
+        part, qf, kf, low = weights(q, k, GF, rows, ok, dims, gf_n, gf_d, DK, VECTOR, True, MIXED)
+        a, lowest = a + part, tl.minimum(lowest, low)
+    if BACKWARD:
+        part, qb, kb, low = weights(q, k, GB, rows, ok, dims, gb_n, gb_d, DK, VECTOR, False, MIXED)
+        a, lowest = a + part, tl.minimum(lowest, low)
+    seen = ok & (lowest + tl.zeros([C], tl.float32) > limit_of(INPUT, VECTOR))
     da = tl.zeros([C, C], tl.float32)
-    self_grad = tl.zeros([C], tl.float32)
-    for part in tl.range(0, DV, BV, num_stages=1):
-        wide = part + tl.arange(0, BV)
-        v = load_tile(values, rows, ok, wide, v_n, v_d, DV)
-        do = load_tile(grads, rows, ok, wide, do_n, do_d, DV)
-        da = tl.dot(do, tl.trans(v), da, input_precision=PRODUCT)
-        self_grad += tl.sum(do.to(tl.float32) * v.to(tl.float32), 1)
-    da = da * scale
-    q = load_tile(Q + b * q_b + h * q_h + first * q_n, rows, ok, dims, q_n, q_d, DK)
-    k = load_tile(K + b * k_b + h * k_h + first * k_n, rows, ok, dims, k_n, k_d, DK)
-    fu, fa, bu, ba = both_sums(
-        GF + b * gf_b + h * gf_h + first * gf_n, GB + b * gb_b + h * gb_h + first * gb_n, rows, ok, dims,
-        gf_n, gf_d, gb_n, gb_d, DK, VECTOR, FORWARD, BACKWARD,
-    )  # fmt: skip
-    if VECTOR:
-        own: tl.constexpr = 2.0 if FORWARD and BACKWARD else 1.0
-        dq = self_grad[:, None] * (scale * own) * k
-        dk = self_grad[:, None] * (scale * own) * q
-        zf, zb = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
-        for level in tl.range(0, LEVELS, num_stages=1):
-            query, key = factors(fu, fa, bu, ba, rows, level, FORWARD, BACKWARD)
-            qx, kx = (q * query).to(q.dtype), (k * key).to(k.dtype)
-            d = tl.where(apart(rows, level, FORWARD, BACKWARD), da, 0.0).to(q.dtype)
-            dqx = tl.dot(d, kx, input_precision=PRODUCT)
-            dkx = tl.dot(tl.trans(d), qx, input_precision=PRODUCT)
-            dq += query * dqx
-            dk += key * dkx
-            zq, zk = qx * dqx, kx * dkx
-            if FORWARD and BACKWARD:
-                right = (((rows >> level) & 1) != 0)[:, None]
-                zf += tl.where(right, zq, -zk)
-                zb += tl.where(right, -zk, zq)
-            elif FORWARD:
-                zf += zq - zk
-            else:
-                zb += zq - zk
-            if FORWARD:
-                fu, fa = doubled(fu, fa, rows, level)
-            if BACKWARD:
-                bu, ba = doubled(bu, ba, rows, level)
-    else:
-        decay, fu, fa, bu, ba = pair_decays(fu, fa, bu, ba, rows, C, LEVELS, FORWARD, BACKWARD)
-        d = (da * decay).to(q.dtype)
-        dq = tl.dot(d, k, input_precision=PRODUCT)
-        dk = tl.dot(tl.trans(d), q, input_precision=PRODUCT)
-        share = d.to(tl.float32) * tl.dot(q, tl.trans(k), input_precision=PRODUCT)
-        query, key = rows[:, None], rows[None, :]
-        below, above = tl.where(query > key, share, 0.0), tl.where(query < key, share, 0.0)
+    for start in tl.range(0, DV, BV, num_stages=1):
+        wide = start + tl.arange(0, BV)
+        do = load_tile(DO, rows, ok, wide, do_n, do_d, DV)
+        da = tl.dot(do, tl.trans(load_tile(V, rows, ok, wide, v_n, v_d, DV)), da, input_precision=PRODUCT)
+    da *= scale
+    dq, dk = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
+    zf, zb = tl.zeros([C, 1], tl.float32), tl.zeros([C, 1], tl.float32)
+    if not VECTOR:
+        qk = tl.dot(q, tl.trans(k), input_precision=PRODUCT)
+        d = (da * a).to(INPUT)
+        dq, dk = tl.dot(d, k, input_precision=PRODUCT), tl.dot(tl.trans(d), q, input_precision=PRODUCT)
+        share = d.to(tl.float32) * qk
+        below, above = (
+            tl.where(rows[:, None] > rows[None, :], share, 0.0),
+            tl.where(rows[:, None] < rows[None, :], share, 0.0),
+        )
         zf = tl.sum(below, 1)[:, None] - tl.sum(below, 0)[:, None]
         zb = tl.sum(above, 1)[:, None] - tl.sum(above, 0)[:, None]
-    GW: tl.constexpr = BK if VECTOR else 1
+        a *= qk
+    a = tl.trans((a * scale).to(INPUT))
+    for start in tl.range(0, DV, BV, num_stages=1):
+        wide = start + tl.arange(0, BV)
+        dv = tl.dot(a, load_tile(DO, rows, ok, wide, do_n, do_d, DV), input_precision=PRODUCT)
+        if HAS_STATES:
+            if FORWARD:
+                dv = tl.dot(kf, load_state(Grads, forward, dims, wide, DK, DV), dv, input_precision=MIXED)
+            if BACKWARD:
+                dv = tl.dot(kb, load_state(Grads, backward, dims, wide, DK, DV), dv, input_precision=MIXED)
+        place = DV_ + rows[:, None] * dv_n + wide[None, :] * dv_d
+        tl.store(place, dv.to(DV_.dtype.element_ty), mask=seen[:, None] & (wide < DV)[None, :])
+    da = da.to(KIND)
+    G: tl.constexpr = BK if VECTOR else 1
+    dgf, dgb = tl.zeros([C, G], tl.float32), tl.zeros([C, G], tl.float32)
     if FORWARD:
-        dg = tl.zeros([C, GW], tl.float32)
-        if HAS_STATES:
-            dq, dk, zq, dg = across(
-                q, k, dq, dk, fu, fa, values, v_n, v_d, grads, do_n, do_d, States, Grads, at, rows, ok, dims, scale,
-                DK, DV, BK, BV, C, VECTOR, False, MIXED,
-            )  # fmt: skip
-            zf += zq
-        dg += running_sum(zf, True)
-        store_gate(DGF, dg, bh, first, rows, ok, dims, tile, N, lead // M, DK, VECTOR)
+        more_q, more_k, dgf = one_direction(
+            q, k, qf, kf, GF, V, DO, States, Grads, forward, da, zf, rows, ok, dims, v_n, v_d, do_n, do_d, gf_n, gf_d, scale,
+            DK, DV, BK, BV, C, VECTOR, True, HAS_STATES, MIXED,
+        )  # fmt: skip
+        dq, dk = dq + more_q, dk + more_k
     if BACKWARD:
-        dg = tl.zeros([C, GW], tl.float32)
-        if HAS_STATES:
-            to = tl.where(FORWARD, lead, 0) + at
-            dq, dk, zq, dg = across(
-                q, k, dq, dk, ba, bu, values, v_n, v_d, grads, do_n, do_d, States, Grads, to, rows, ok, dims, scale,
-                DK, DV, BK, BV, C, VECTOR, True, MIXED,
-            )  # fmt: skip
-            zb += zq
-        dg += running_sum(zb, False)
-        store_gate(DGB, dg, bh, first, rows, ok, dims, tile, N, lead // M, DK, VECTOR)
+        more_q, more_k, dgb = one_direction(
+            q, k, qb, kb, GB, V, DO, States, Grads, backward, da, zb, rows, ok, dims, v_n, v_d, do_n, do_d, gb_n, gb_d, scale,
+            DK, DV, BK, BV, C, VECTOR, False, HAS_STATES, MIXED,
+        )  # fmt: skip
+        dq, dk = dq + more_q, dk + more_k
+    if lowest <= limit_of(INPUT, VECTOR):
+        dq, dk = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
+        each_f, each_b = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
+        edge_f, edge_b = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32)
+        for begin in tl.range(0, DV, BV, num_stages=1):
+            channels = begin + tl.arange(0, BV)
+            dv_steps = tl.zeros([C, BV], tl.float32)
+            if FORWARD:
+                dq, dk, dv_steps, each_f, edge = step_gradients(
+                    Q, K, V, DO, GF, States, Grads, forward, dq, dk, dv_steps, each_f, rows, ok, count, dims, channels,
+                    q_n, q_d, k_n, k_d, v_n, v_d, do_n, do_d, gf_n, gf_d, scale, DK, DV, BK, BV, VECTOR, True, HAS_STATES,
+                )  # fmt: skip
+                edge_f += edge
+            if BACKWARD:
+                dq, dk, dv_steps, each_b, edge = step_gradients(
+                    Q, K, V, DO, GB, States, Grads, backward, dq, dk, dv_steps, each_b, rows, ok, count, dims, channels,
+                    q_n, q_d, k_n, k_d, v_n, v_d, do_n, do_d, gb_n, gb_d, scale, DK, DV, BK, BV, VECTOR, False, HAS_STATES,
+                )  # fmt: skip
+                edge_b += edge
+            at_v = DV_ + rows[:, None] * dv_n + channels[None, :] * dv_d
+            tl.store(at_v, dv_steps.to(DV_.dtype.element_ty), mask=ok[:, None] & (channels < DV)[None, :])
+        dgf, dgb = gate_sums(each_f, edge_f, VECTOR, True), gate_sums(each_b, edge_b, VECTOR, False)
     inside = ok[:, None] & (dims < DK)[None, :]
-    tl.store(
-        DQ + b * dq_b + h * dq_h + first * dq_n + rows[:, None] * dq_n + dims[None, :] * dq_d,
-        dq.to(DQ.dtype.element_ty),
-        mask=inside,
-    )
-    tl.store(
-        DK_ + b * dk_b + h * dk_h + first * dk_n + rows[:, None] * dk_n + dims[None, :] * dk_d,
-        dk.to(DK_.dtype.element_ty),
-        mask=inside,
-    )
+    tl.store(DQ + rows[:, None] * dq_n + dims[None, :] * dq_d, dq.to(INPUT), mask=inside)
+    tl.store(DK_ + rows[:, None] * dk_n + dims[None, :] * dk_d, dk.to(INPUT), mask=inside)
+    channels = dims if VECTOR else tl.arange(0, 1)
+    inside = ok[:, None] & (channels < DK)[None, :]
+    if FORWARD:
+        place = DGF + rows[:, None] * dgf_n + channels[None, :] * dgf_d
+        tl.store(place, dgf.to(DGF.dtype.element_ty), mask=inside)
+    if BACKWARD:
+        place = DGB + rows[:, None] * dgb_n + channels[None, :] * dgb_d
+        tl.store(place, dgb.to(DGB.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def across(
-    q, k, dq, dk, q_span, k_span, values, v_n, v_d, grads, do_n, do_d, States, Grads, at, rows, ok, dims, scale,
-    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr,
-    REVERSE: tl.constexpr, MIXED: tl.constexpr,
-):  # fmt: skip
-    """Adds what crosses the chunk's borders. q_span: sums from the incoming state to each query, k_span from each key onwards.
-
-    -> dq, dk, query's share of the gates' gradient (still to be summed along the chunk), key's share (summed).
-    """
-    mixed = tl.bfloat16 if q.dtype == tl.bfloat16 else tl.float32
-    far_q, far_k = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
-    through = tl.zeros([BK], tl.float32)
-    for part in tl.range(0, DV, BV, num_stages=1):
-        wide = part + tl.arange(0, BV)
-        s, ds = load_state(States, at, dims, wide, DK, DV), load_state(Grads, at, dims, wide, DK, DV)
-        do = load_tile(grads, rows, ok, wide, do_n, do_d, DV)
-        v = load_tile(values, rows, ok, wide, v_n, v_d, DV)
-        far_q = tl.dot(do.to(mixed), tl.trans(s.to(mixed)), far_q, input_precision=MIXED)
-        far_k = tl.dot(v.to(mixed), tl.trans(ds.to(mixed)), far_k, input_precision=MIXED)
-        through += tl.sum(s * ds, 1)
-    far_q *= tl.exp2(q_span) * scale
-    far_k *= tl.exp2(k_span)
-    zq, zk = q * far_q, k * far_k
-    # The whole chunk's decay: what both spans of any one token make up.
-    whole = tl.sum(tl.where((rows == 0)[:, None], q_span + k_span, 0.0), 0)
+def gate_sums(each, edge, VECTOR: tl.constexpr, LEFT: tl.constexpr):
+    """q dq - k dk of tokens, and the chunk's end -> the gates' gradient [C, BK or 1]"""
     if VECTOR:
-        through = (through * tl.exp2(whole))[None, :]
+        return running_sum(each, LEFT) + edge[None, :]
     else:
-        zq, zk = tl.sum(zq, 1)[:, None], tl.sum(zk, 1)[:, None]
-        through = (tl.sum(through, 0) * tl.exp2(whole))[None, :]
-    return dq + far_q, dk + far_k, zq, running_sum(zk, REVERSE) - zk + through
-
-
-@triton.jit
-def store_gate(DG, dg, bh, first, rows, ok, dims, tile, N, heads, DK: tl.constexpr, VECTOR: tl.constexpr):
-    if VECTOR:
-        place = DG + (bh.to(tl.int64) * N + first) * DK + rows[:, None] * DK + dims[None, :]
-        tl.store(place, dg, mask=ok[:, None] & (dims < DK)[None, :])
-    else:
-        place = DG + ((tile * heads + bh).to(tl.int64) * N + first) + rows[:, None]
-        tl.store(place, dg, mask=ok[:, None])
+        return running_sum(tl.sum(each, 1)[:, None], LEFT) + tl.sum(edge, 0)

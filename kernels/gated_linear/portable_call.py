@@ -1,28 +1,39 @@
-"""Calling the gated kernels: tensors become pointers and strides, missing directions compile-time switches. Letters as in portable.py."""
+"""Calling the gated kernels: tensors become pointers and strides, missing directions compile-time switches. Letters as in portable.py.
+
+A kind of call (shapes, strides, dtypes, options) that was seen keeps all its arguments but the pointers: working them out again takes the
+host longer than the kernels take the GPU.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from foveal.kernels.gated_linear.portable import chunk_apply, chunk_sums, scan_states
+from foveal.kernels.block_sparse.launching import COMPILED_ON, Started, launch
+from foveal.kernels.gated_linear.portable import chunk_outputs, chunk_states
 from foveal.kernels.gated_linear.portable_backward import chunk_gradients
 from foveal.kernels.gated_linear.tiles import Tile, padded, tile_for
 
-SCAN_KEYS, SCAN_VALUES, SCAN_STAGES = 16, 64, 4
-GRADIENT_VALUES = 32  # value channels in registers at a time, in the kernel of the gradients
 Gates = tuple[Tensor | None, Tensor | None]
+STATE_VALUES, STATE_WARPS, STATE_STAGES = 64, 4, 3  # of one program that makes states
+PROGRAMS = 264  # about two for every multiprocessor of a large GPU: how far states are split
+
+
+KEPT = 1024  # kinds of calls
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def precisions(dtype: torch.dtype) -> tuple[str, str]:
-    """Of products of inputs, and of products with states."""
-    if dtype == torch.float32:
-        return "tf32x3", "tf32x3"
-    return "ieee", "tf32" if dtype == torch.float16 else "ieee"
+    """Of products of inputs, and of products with factors and states. One tf32 product cuts fp32 factors off: too coarse for fp16."""
+    return {torch.bfloat16: ("ieee", "ieee"), torch.float16: ("ieee", "tf32x3")}.get(dtype, ("tf32x3", "tf32x3"))
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,7 @@ class Job:
 
     @property
     def chunks(self) -> int:
-        return triton.cdiv(self.q.shape[2], self.tile.C)
+        return ceil_div(self.q.shape[2], self.tile.C)
 
     @property
     def heads(self) -> int:
@@ -60,28 +71,49 @@ class Job:
 
     @property
     def key_tiles(self) -> int:
-        return triton.cdiv(self.q.shape[3], self.tile.BK)
+        return ceil_div(self.q.shape[3], self.tile.BK)
 
-    @property
-    def mixed_precision(self) -> str:
-        """Of products with states, see portable.py."""
-        return precisions(self.q.dtype)[1]
-
-    def gate_arguments(self) -> tuple[list[Tensor], list[int]]:
-        """Pointers and strides of both gates; the missing one lends the other's."""
-        both = [self.gate if g is None else g for g in self.gates]
-        return both, [s for g in both for s in g.stride()]
+    def both(self, given: Sequence[Tensor | None] | None = None) -> list[Tensor]:
+        """Both gates, or what belongs to them; the missing one lends the other's."""
+        pair = self.gates if given is None else given
+        spare = next(x for x in pair if x is not None)
+        return [spare if x is None else x for x in pair]
 
     def switches(self) -> dict[str, Any]:
+        product, mixed = precisions(self.q.dtype)
         return {
-            "DK": self.q.shape[3], "DV": self.v.shape[3], "BK": self.tile.BK, "KTILES": self.key_tiles,
-            "C": self.tile.C, "VECTOR": self.vector, "FORWARD": self.gates[0] is not None, "BACKWARD": self.gates[1] is not None, "PRODUCT": precisions(self.q.dtype)[0],
-            "num_warps": self.tile.warps, "num_stages": 1,
+            "H": self.q.shape[1], "N": self.q.shape[2], "M": self.chunks, "heads": self.heads,
+            "DK": self.q.shape[3], "DV": self.v.shape[3], "BK": self.tile.BK, "BV": self.tile.BV, "KTILES": self.key_tiles,
+            "VTILES": ceil_div(self.v.shape[3], self.tile.BV), "C": self.tile.C, "VECTOR": self.vector,
+            "FORWARD": self.gates[0] is not None, "BACKWARD": self.gates[1] is not None, "PRODUCT": product, "MIXED": mixed,
         }  # fmt: skip
 
-    def sizes(self) -> tuple[int, int, int, int]:
-        """H, N, M, lead"""
-        return self.q.shape[1], self.q.shape[2], self.chunks, self.heads * self.chunks
+    def start(
+        self, kernel: Any, programs: int, tensors: list[Tensor], strided: list[Tensor], options: dict[str, int], **switches: Any
+    ) -> None:  # fmt: skip
+        """strided: the tensors whose strides the kernel takes, in its order."""
+        strides = [s for x in strided for s in x.stride()]
+        addresses = [x.data_ptr() for x in tensors]
+        given = tuple(g is None for g in self.gates)
+        seen: list[Started] = []
+        if self.q.device.type in COMPILED_ON:
+            seen = _seen(
+                kernel, self.q.device.index, self.q.shape, self.v.shape[-1], self.vector, given, self.tile, *strides, *switches.values(),
+                *(x.dtype for x in tensors), *(x % 16 == 0 for x in addresses),
+            )  # fmt: skip
+        if seen:
+            return seen[0].again(*addresses)
+        values = self.switches() | switches
+        named = {name: values[name] for name in kernel.arg_names[len(tensors) + len(strides) :]}
+        started = launch(kernel, (programs, 1, 1), tensors, strides, named, options, self.q.device)
+        if started is not None:
+            seen.append(started)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _seen(*kind: Any) -> list[Started]:
+    """Where what starts a kind of call again is kept; empty before its first call."""
+    return []
 
 
 def job_of(
@@ -90,90 +122,87 @@ def job_of(
     """``tile`` overrides the tuned tile sizes (for tuning and tests)."""
     found = next(g for g in gates if g is not None)
     vector = found.shape[-1] != 1 or q.shape[-1] == 1
-    return Job(q, k, v, gates, scale, tile or tile_for(q.element_size(), q.shape[3], v.shape[3], vector, backward))
+    directions = sum(g is not None for g in gates)
+    return Job(q, k, v, gates, scale, tile or tile_for(q.dtype, q.shape[3], v.shape[3], vector, backward, directions))
 
 
 def forward(job: Job, state: Tensor | None, need_state: bool) -> tuple[Tensor, Tensor | None]:
     """-> (out like v, state after the last token [B, H, K, V] fp32 or None)."""
-    out = torch.empty_like(job.v)
     entering, last = None, None
     if job.chunks > 1 or state is not None or need_state:
-        kept = torch.bfloat16 if job.q.dtype == torch.bfloat16 else torch.float32
-        entering, last = states(job, job.k, job.v, state, need_state, kept, query=False)
-    apply(job, job.v, entering, out, transposed=False)
+        entering, last = states(job, job.k, job.v, state, need_state, query=False)
+    out = torch.empty_like(job.v)
+    tensors = [job.q, job.k, job.v, *job.both(), job.q if entering is None else entering, out]
+    vtiles = ceil_div(job.v.shape[3], job.tile.BV)
+    options = {"num_warps": job.tile.warps, "num_stages": 1}
+    job.start(
+        chunk_outputs, job.heads * job.chunks * vtiles, tensors, [*tensors[:5], out], options,
+        scale=job.scale, HAS_STATES=entering is not None,
+    )  # fmt: skip
     return out, last
 
 
+def state_tile(keys: int, values: int, heads: int) -> tuple[int, int]:
+    """Channels of keys and of values that one program makes the states of: few where there are few heads."""
+    wide = min(32, padded(keys))
+    return (wide if heads * ceil_div(keys, wide) >= PROGRAMS else 16), min(STATE_VALUES, padded(values))
+
+
 def states(
-    job: Job, x: Tensor, y: Tensor, first: Tensor | None, need_last: bool, dtype: torch.dtype, query: bool
+    job: Job, x: Tensor, y: Tensor, first: Tensor | None, need_last: bool, query: bool
 ) -> tuple[Tensor, Tensor | None]:
     """-> (states entering the chunks [directions, B H, M, K, V], the first direction's last state or None).
 
     query: x are queries and y the output's gradient; the states are gradients then, and run the other way.
     """
-    width, values, m = job.q.shape[3], job.v.shape[3], job.chunks
-    shape, device = (job.directions, job.heads, m), x.device
-    sums = torch.empty(*shape, width, values, dtype=dtype, device=device)
-    keep = torch.empty(*shape, width if job.vector else 1, dtype=torch.float32, device=device)
-    gates, strides = job.gate_arguments()
-    chunk_sums[(job.heads * m * job.key_tiles,)](
-        x, y, *gates, sums, keep, *x.stride(), *y.stride(), *strides, job.scale if query else 1.0, *job.sizes(),
-        VP=padded(values), QUERY=query, **job.switches(),
-    )  # fmt: skip
-    last = torch.empty(*job.q.shape[:2], width, values, dtype=torch.float32, device=device) if need_last else None
-    BV = min(SCAN_VALUES, padded(values))
-    rtiles, vtiles = triton.cdiv(width, SCAN_KEYS), triton.cdiv(values, BV)
+    width, values = job.q.shape[3], job.v.shape[3]
+    kind = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    kept = x.new_empty((job.directions, job.heads, job.chunks, width, values), dtype=kind)
+    last = x.new_empty((*x.shape[:2], width, values), dtype=torch.float32) if need_last else None
+    BK, BV = state_tile(width, values, job.directions * job.heads)
+    ktiles, vtiles = ceil_div(width, BK), ceil_div(values, BV)
     first = None if first is None else first.contiguous()
-    scan_states[(rtiles * vtiles * job.heads * job.directions,)](
-        sums, keep, sums if first is None else first, sums if last is None else last, m, job.heads,
-        DK=width, DV=values, BR=SCAN_KEYS, BV=BV, RTILES=rtiles, VTILES=vtiles, VECTOR=job.vector,
-        REVERSE=(job.gates[0] is None) != query, HAS_FIRST=first is not None, NEED_LAST=need_last, STAGES=SCAN_STAGES,
-        num_warps=4, num_stages=SCAN_STAGES,
+    tensors = [x, y, *job.both(), kept if first is None else first, kept, kept if last is None else last]
+    job.start(
+        chunk_states, job.directions * job.heads * ktiles * vtiles, tensors, tensors[:4], {"num_warps": STATE_WARPS, "num_stages": STATE_STAGES},
+        scale=job.scale if query else 1.0, BK=BK, BV=BV, KTILES=ktiles, VTILES=vtiles, QUERY=query, HAS_FIRST=first is not None,
+        NEED_LAST=need_last, STAGES=STATE_STAGES,
     )  # fmt: skip
-    return sums, last
-
-
-def apply(job: Job, y: Tensor, entering: Tensor | None, out: Tensor, transposed: bool) -> None:
-    gates, strides = job.gate_arguments()
-    chunk_apply[(job.heads * job.chunks,)](
-        job.q, job.k, y, *gates, job.q if entering is None else entering, out,
-        *job.q.stride(), *job.k.stride(), *y.stride(), *strides, *out.stride(), job.scale, *job.sizes(),
-        VP=padded(job.v.shape[3]), LEVELS=job.tile.levels, HAS_STATES=entering is not None, TRANSPOSED=transposed, MIXED=job.mixed_precision, **job.switches(),
-    )  # fmt: skip
+    return kept, last
 
 
 def backward(
     job: Job, d_out: Tensor, state: Tensor | None, d_last: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """-> gradients of q, k, v, the two gates and the initial state. States are made again, in fp32."""
+    """-> gradients of q, k, v, the two gates and the initial state. States are made again."""
     entering, grads, d_state = None, None, None
     if job.chunks > 1 or state is not None or d_last is not None:
-        entering, _ = states(job, job.k, job.v, state, False, torch.float32, query=False)
-        grads, d_state = states(job, job.q, d_out, d_last, state is not None, torch.float32, query=True)
-    dq, dk, dv = torch.empty_like(job.q), torch.empty_like(job.k), torch.empty_like(job.v)
-    apply(job, d_out, _mixed(grads, job), dv, transposed=True)
-    b, h, n, width = job.q.shape
-    shape = (b, h, n, width) if job.vector else (job.key_tiles, b, h, n)
-    d_gates = [None if g is None else torch.empty(shape, dtype=torch.float32, device=g.device) for g in job.gates]
-    gates, strides = job.gate_arguments()
-    spare = next(g for g in d_gates if g is not None)
-    chunk_gradients[(job.heads * job.chunks * job.key_tiles,)](
-        job.q, job.k, job.v, d_out, *gates, job.q if entering is None else entering, job.q if grads is None else grads, dq, dk,
-        *(spare if g is None else g for g in d_gates),
-        *job.q.stride(), *job.k.stride(), *job.v.stride(), *d_out.stride(), *strides, *dq.stride(), *dk.stride(), job.scale, *job.sizes(),
-        BV=min(GRADIENT_VALUES, padded(job.v.shape[3])), LEVELS=job.tile.levels, HAS_STATES=entering is not None,
-        MIXED=job.mixed_precision, **job.switches(),
+        entering, _ = states(job, job.k, job.v, state, False, query=False)
+        grads, d_state = states(job, job.q, d_out, d_last, state is not None, query=True)
+    tiles = job.key_tiles
+    dq, dk = torch.empty_like(job.q), torch.empty_like(job.k)
+    dv = _shares(job.v, tiles)
+    d_gates = [None if g is None else _shares(g, 1 if job.vector else tiles) for g in job.gates]
+    both = [d.expand(tiles, *d.shape[1:]) for d in job.both(d_gates)]
+    inputs = [job.q, job.k, job.v, d_out, *job.both()]
+    spare = job.q if entering is None else entering
+    tensors = [*inputs, spare, spare if grads is None else grads, dq, dk, dv, *both]
+    options = {"num_warps": job.tile.warps, "num_stages": 1}
+    job.start(
+        chunk_gradients, job.heads * job.chunks * tiles, tensors, [*inputs, dq, dk, dv, *both], options,
+        scale=job.scale, HAS_STATES=entering is not None,
     )  # fmt: skip
-    forward_gate, backward_gate = (_as_gate(d, g, job.vector) for d, g in zip(d_gates, job.gates, strict=True))
-    return dq, dk, dv, forward_gate, backward_gate, d_state
+    forward_gate, backward_gate = (
+        None if d is None or g is None else _total(d, g) for d, g in zip(d_gates, job.gates, strict=True)
+    )
+    return dq, dk, _total(dv, job.v), forward_gate, backward_gate, d_state
 
 
-def _mixed(grads: Tensor | None, job: Job) -> Tensor | None:
-    """The states' gradients as an operand of a product with values' gradients."""
-    return grads.to(torch.bfloat16) if grads is not None and job.q.dtype == torch.bfloat16 else grads
+def _shares(x: Tensor, tiles: int) -> Tensor:
+    """Memory for the gradient of x, or for the shares that key tiles have in it [tiles, ...]."""
+    return torch.empty_like(x)[None] if tiles == 1 else x.new_empty((tiles, *x.shape), dtype=torch.float32)
 
 
-def _as_gate(grad: Tensor | None, gate: Tensor | None, vector: bool) -> Tensor | None:
-    if grad is None or gate is None:
-        return None
-    return (grad if vector else grad.sum(0)[..., None]).to(gate.dtype)
+def _total(shares: Tensor, x: Tensor) -> Tensor:
+    """With x's dtype and strides."""
+    return shares[0] if shares.shape[0] == 1 else torch.empty_like(x).copy_(shares.sum(0))

@@ -7,18 +7,17 @@ import json
 from dataclasses import dataclass
 from importlib import resources
 
+import torch
+
 
 @dataclass(frozen=True)
 class Tile:
-    """C tokens of a chunk, BK key channels of a tile (both powers of two, at least 16), warps of a program."""
+    """C tokens of a chunk, BK key and BV value channels of a tile (powers of two, at least 16), warps of a program."""
 
     C: int
     BK: int
+    BV: int
     warps: int
-
-    @property
-    def levels(self) -> int:
-        return self.C.bit_length() - 1
 
 
 def padded(width: int) -> int:
@@ -32,13 +31,16 @@ def _rows() -> list[dict]:
 
 
 @functools.lru_cache(maxsize=64)
-def tile_for(element_bytes: int, keys: int, values: int, vector: bool, backward: bool = False) -> Tile:
+def tile_for(
+    dtype: torch.dtype, keys: int, values: int, vector: bool, backward: bool = False, directions: int = 1
+) -> Tile:
     """keys, values: their widths. vector: a gate per key channel. The backward makes its states again, in chunks of its own."""
-    width, gate = max(padded(keys), padded(values)), "vector" if vector else "scalar"
-    wanted = {"pass": "backward" if backward else "forward", "bytes": element_bytes, "gate": gate}
+    width = max(padded(keys), padded(values))
+    facts = {
+        "pass": "backward" if backward else "forward", "dtype": str(dtype).removeprefix("torch."),
+        "gate": "vector" if vector else "scalar", "directions": directions,
+    }  # fmt: skip
     for row in _rows():
-        if row["width"] >= width and wanted.items() <= row.items():
-            return Tile(row["C"], min(row["BK"], padded(keys)), row["warps"])
-    raise ValueError(
-        f"no tile sizes for {element_bytes}-byte elements with widths {keys} and {values}; add a row to configs.json."
-    )
+        if row["width"] >= width and all(row.get(name, fact) == fact for name, fact in facts.items()):
+            return Tile(row["C"], min(row["BK"], padded(keys)), min(row["BV"], padded(values)), row["warps"])
+    raise ValueError(f"no tile sizes for {facts['dtype']} with widths {keys} and {values}; add a row to configs.json.")

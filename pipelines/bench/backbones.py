@@ -12,12 +12,13 @@ Notable choices
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from foveal.pipelines.bench.image_models import Entrant, ImageCase, image_rows, line
-from foveal.pipelines.bench.multiply_adds import multiply_adds
+from foveal.pipelines.bench.multiply_adds import Count, multiply_adds
 from foveal.pipelines.bench.rounds import How, reason
 from foveal.pipelines.bench.rows import Rows
 from foveal.pipelines.bench.vision import chosen, rows_or_failure
@@ -86,16 +87,23 @@ def tiny_cases() -> list[ImageCase]:
     ]
 
 
-def counted_rows(case: ImageCase, how: How) -> Rows:
-    """Rows of a case with the multiply-adds of one image, forward; null where a model cannot be counted."""
-    rows = image_rows(case, how)
+Counts = dict[tuple[str, int], Count]
+
+
+def counted_rows(case: ImageCase, how: How, known: Counts | None = None) -> Rows:
+    """Rows of a case with the multiply-adds of one image, forward; null where a model cannot be counted.
+
+    known: counts by name and size, to which those of this case are added.
+    """
+    rows, known = image_rows(case, how), {} if known is None else known
     for entrant, found in zip(case.entrants, rows, strict=True):
-        count = None
-        if not found.get("failed"):
+        of = (entrant.name, case.size)
+        if not found.get("failed") and of not in known:
             try:
-                count = multiply_adds(lambda entrant=entrant: entrant.build(case.size), case.size)  # type: ignore[misc]
+                known[of] = multiply_adds(lambda entrant=entrant: entrant.build(case.size), case.size)  # type: ignore[misc]
             except Exception as error:
                 found["not_counted"] = reason(error)
+        count = None if found.get("failed") else known.get(of)
         found |= {
             "multiply_adds": count.total if count else None, "mixing_multiply_adds": count.mixing if count else None,
         }  # fmt: skip
@@ -106,9 +114,9 @@ def measure(
     device: torch.device, seconds: float, tiny: bool = False, cases: Sequence[str] | None = None, rounds: int | None = None
 ) -> Iterator[Rows]:  # fmt: skip
     """The rows of every case, case by case. seconds: of measuring per case."""
-    how = How.on(device, seconds, rounds)
+    how, known = How.on(device, seconds, rounds), Counts()
     for case in chosen(tiny, cases, tiny_cases() if tiny else real_cases()):
-        yield rows_or_failure(counted_rows, case, how)
+        yield rows_or_failure(partial(counted_rows, known=known), case, how)
         if device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -83,11 +83,12 @@ def test_outputs_and_gradients_equal_those_in_double_precision(dtype, keys, valu
             assert relative(got, want) < BOUND[dtype]
 
 
+@pytest.mark.parametrize("direction", ["forward", "both"])
 @pytest.mark.parametrize("gate", ["vector", "scalar"])
-def test_extreme_gates_stay_finite_and_right(gate):
+def test_extreme_gates_stay_finite_and_right(gate, direction):
     x = draw(500, 32, 64, gate, torch.bfloat16)
     x[3:] = [torch.randn(g.shape, device="cuda").sign().clamp(max=0) * 1e5 - 0.01 for g in x[3:]]
-    check(x, "both", BOUND[torch.bfloat16])
+    check(x, direction, BOUND[torch.bfloat16])
 
 
 def test_a_long_sequence_equals_its_parts():
@@ -109,9 +110,9 @@ def test_thirty_runs_are_bit_identical():
 
 
 def test_no_variant_is_compiled_for_a_second_length():
-    from foveal.kernels.gated_linear.portable import chunk_apply
+    from foveal.kernels.gated_linear.portable import chunk_outputs
 
-    count = lambda: sum(len(cache[0]) for cache in chunk_apply.device_caches.values())  # noqa: E731
+    count = lambda: sum(len(cache[0]) for cache in chunk_outputs.device_caches.values())  # noqa: E731
     for n in (500, 520):
         bidirectional_gated_linear_attention(*draw(n, 32, 64, "vector", torch.bfloat16))
     before = count()
@@ -136,6 +137,27 @@ def test_linear_attention_equals_double_precision(dtype, normalisation):
             results.append([out, *torch.autograd.grad(out, x, weight.to(out.dtype))])
         errors = [relative(got, want) for got, want in zip(*results, strict=True)]
         assert max(errors) < 2 * BOUND[dtype], [f"{e:.1e}" for e in errors]
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@pytest.mark.parametrize("n", [5, 200, 1280, 5120])
+@pytest.mark.parametrize("width", [72, 96, 128])
+def test_heads_of_a_projection_with_something_added_equal_double_precision(width, n, gated):
+    torch.manual_seed(n)
+    heads = 4
+    q, k, v = (
+        torch.randn(2, n, 3 * heads * width, device="cuda")
+        .bfloat16()
+        .unflatten(-1, (3, heads, width))
+        .permute(2, 0, 3, 1, 4)
+    )
+    added = torch.randn(2, n - n // 5, heads, width, device="cuda").bfloat16().transpose(1, 2)
+    gates = [torch.rand(1, heads, n, 1, device="cuda") + 0.5 if gated else None for _ in range(2)]
+    wide = [None if x is None else x.double() for x in (q, k, v, *gates, added)]
+    want = linear_attention(*wide[:3], key_gate=wide[3], value_gate=wide[4], added=wide[5], implementation="torch")
+    found = [linear_attention(q, k, v, key_gate=gates[0], value_gate=gates[1], added=added) for _ in range(3)]
+    assert relative(found[0], want) < 4e-3 and found[0].transpose(1, 2).is_contiguous()
+    assert all(torch.equal(x, found[0]) for x in found[1:])
 
 
 def test_compiled_call_equals_eager_call():

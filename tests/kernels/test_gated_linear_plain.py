@@ -82,6 +82,16 @@ def test_a_key_gate_of_zero_removes_the_token():
 
 
 @BOTH
+def test_what_is_added_is_added_to_the_last_tokens(normalisation):
+    q, k, v = draw()
+    added = torch.randn(2, 3, 20, 6, dtype=torch.float64)
+    more = linear_attention(q, k, v, normalisation=normalisation, added=added) - linear_attention(
+        q, k, v, normalisation=normalisation
+    )
+    torch.testing.assert_close(more, torch.cat([torch.zeros_like(v[:, :, :30]), added], 2), atol=1e-14, rtol=0)
+
+
+@BOTH
 def test_one_token_gets_its_own_value(normalisation):
     q, k, v = (x.abs() for x in draw(1))
     torch.testing.assert_close(linear_attention(q, k, v, normalisation=normalisation), v, atol=1e-5, rtol=1e-5)
@@ -115,3 +125,5 @@ def test_misfits_are_refused_in_a_sentence():
         linear_attention(q, k, v, normalisation="softmax")
     with pytest.raises(ValueError, match=r"key_gate has shape .* must be broadcastable to \(2, 3, 50, 1\)"):
         linear_attention(q, k, v, key_gate=torch.ones(3, 49, 1))
+    with pytest.raises(ValueError, match=r"added has shape \(2, 3, 51, 6\); \(2, 3, at most 50, 6\) is needed"):
+        linear_attention(q, k, v, added=v.new_zeros(2, 3, 51, 6))

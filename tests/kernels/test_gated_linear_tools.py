@@ -30,18 +30,20 @@ def test_every_chip_compiles_within_99_kb():
         assert row["shared"] <= SHARED_EVERYWHERE, row
 
 
-@pytest.mark.parametrize("element_bytes", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("vector", [False, True], ids=["scalar", "vector"])
 @pytest.mark.parametrize(("keys", "values"), [(1, 1), (16, 32), (32, 64), (72, 72), (128, 128)])
-def test_every_call_has_tile_sizes_without_tuning(element_bytes, backward, vector, keys, values):
-    tile = tile_for(element_bytes, keys, values, vector, backward)
-    assert 1 << tile.levels == tile.C and 16 <= tile.BK <= max(16, 2 * keys)
+@pytest.mark.parametrize("directions", [1, 2])
+def test_every_call_has_tile_sizes_without_tuning(dtype, backward, vector, keys, values, directions):
+    tile = tile_for(dtype, keys, values, vector, backward, directions)
+    for size, most in ((tile.C, 64), (tile.BK, 2 * keys), (tile.BV, 2 * values)):
+        assert size & (size - 1) == 0 and 16 <= size <= max(16, most)
 
 
 def test_missing_tile_sizes_are_named():
     with pytest.raises(ValueError, match=r"add a row to configs.json"):
-        tile_for(2, 256, 64, True)
+        tile_for(torch.bfloat16, 256, 64, True)
 
 
 def test_counted_work_is_that_of_the_paper():
