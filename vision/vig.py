@@ -8,7 +8,7 @@ weight decay (the authors decay it); TorchScript is refused.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -18,9 +18,12 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
+from foveal.kernels.token_mixing import add_rms_norm, gated_mlp, rms_norm, swiglu, takes_gated_mlp
+from foveal.kernels.token_mixing.dispatch import product_dtype
+from foveal.kernels.token_mixing.stem import patch_conv, takes_patch_conv
 from foveal.vision.head import check_head
 from foveal.vision.vig_checkpoint import checkpoint_filter_fn
-from foveal.vision.vig_mixer import BidirectionalMixer, RMSNorm
+from foveal.vision.vig_mixer import BidirectionalMixer, RMSNorm, untouched
 from foveal.vision.vig_position import resample
 
 SMALLEST = 7  # pixels a side: the stem's output is then one token
@@ -50,6 +53,10 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if min(x.shape[-2:]) < SMALLEST:
             raise ValueError(f"the image is {tuple(x.shape[-2:])} pixels; at least {SMALLEST} on each side are needed.")
+        conv, norm = cast(nn.Conv2d, self.proj[0]), cast(nn.LayerNorm, self.proj[1])
+        weights = conv.weight, cast(Tensor, conv.bias), norm.weight, norm.bias
+        if untouched(conv) and takes_patch_conv(x, *weights):
+            return self.proj[4](self.proj[3](patch_conv(x, *weights, 8, 1, norm.eps)))
         return self.proj(x)
 
 
@@ -63,11 +70,19 @@ class GatedMlp(nn.Module):
         self.down_proj = nn.Linear(hidden, dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = self.gate_proj(x).chunk(2, -1)
-        return self.down_proj(nn.functional.silu(a) * b)
+        return self.down_proj(swiglu(self.gate_proj(x)))
+
+    def weights(self) -> tuple[Tensor, Tensor] | None:
+        """Both, unless they or this module do more than they say."""
+        if self._forward_hooks or self._forward_pre_hooks or not untouched(self.gate_proj, self.down_proj):
+            return None
+        return self.gate_proj.weight, self.down_proj.weight
 
 
+@register_notrace_module
 class Block(nn.Module):
+    """x + mixer(norm(x)), then + mlp(norm(.)). Norms and sums are made in one pass; without gradients, the whole second half is."""
+
     def __init__(self, dim: int, num_heads: int, drop_path: float, dd: dict, **mixer: Any):
         super().__init__()
         self.attn_norm = RMSNorm(dim, **dd)
@@ -77,8 +92,18 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        x = x + self.drop_path(self.attn(self.attn_norm(x), height, width))
-        return x + self.drop_path(self.mlp(self.mlp_norm(x)))
+        first, second = self.attn_norm, self.mlp_norm
+        if not untouched(first, second):
+            x = x + self.drop_path(self.attn(first(x), height, width))
+            return x + self.drop_path(self.mlp(second(x)))
+        dtype = product_dtype(x)
+        y = self.attn(rms_norm(x, first.weight, first.eps, dtype=dtype), height, width)
+        if not (self.training and isinstance(self.drop_path, DropPath)):
+            weights = self.mlp.weights()
+            if weights is not None and takes_gated_mlp(x, y, second.weight, *weights):
+                return gated_mlp(x, y, second.weight, *weights, second.eps)
+        x, y = add_rms_norm(x, self.drop_path(y), second.weight, second.eps, dtype=dtype)
+        return x + self.drop_path(self.mlp(y))
 
 
 class ViG(nn.Module):

@@ -10,17 +10,19 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d
+from timm.layers import ClassifierHead, DropPath, LayerNorm2d, register_notrace_module
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
+from foveal.kernels.token_mixing import swiglu
 from foveal.vision.head import check_head
 from foveal.vision.vig_checkpoint import checkpoint_filter_fn
 from foveal.vision.vig_mixer import BidirectionalMixer
 
 
+@register_notrace_module
 class GatedMlp(nn.Module):
     """SwiGLU: [a, b] = fc1(x), fc2(silu(a) b)."""
 
@@ -31,8 +33,7 @@ class GatedMlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = self.fc1(x).chunk(2, -1)
-        return self.fc2(nn.functional.silu(a) * b)
+        return self.fc2(swiglu(self.fc1(x)))
 
 
 class Block(nn.Module):

@@ -8,11 +8,13 @@ Notable choices:
 * The mean over directions is folded into the scale of the queries, in training and in evaluation. ``eval_half`` halves once more in
   evaluation, as the released plain models do; the norm that follows hides it unless outputs are tiny.
 * Log gates and both norms are fp32, whatever the autocast dtype.
+* The projections of the convolved tokens are one product with their weights put together at every call; they are called one by one where
+  a layer has been replaced or hooked.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from foveal.kernels.gated_linear import bidirectional_gated_linear_attention
+from foveal.kernels.token_mixing import depthwise_conv, log_gates, mix_branches, rms_norm
 
 XAVIER_GAIN = 2**-2.5
 NOT_SCRIPTABLE = (
@@ -38,11 +41,24 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == self.weight.dtype:  # one kernel on a GPU, in fp32 inside
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps).to(x.dtype)
-        y = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (y * self.weight.to(y.dtype)).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
+
+
+PLAIN = (nn.Linear, nn.Conv2d, RMSNorm)
+
+
+def untouched(*layers: nn.Module) -> bool:
+    """Whether layers are just these and nothing listens to them, so that their weights say all that they do."""
+    for m in layers:
+        if (
+            type(m) not in PLAIN
+            or m._forward_hooks
+            or m._forward_pre_hooks
+            or m._backward_hooks
+            or m._backward_pre_hooks
+        ):
+            return False
+    return True
 
 
 @register_notrace_module
@@ -90,27 +106,45 @@ class BidirectionalMixer(nn.Module):
         raise RuntimeError(NOT_SCRIPTABLE)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        b, n, d = x.shape
+        n = x.shape[1]
         if height * width != n:
             raise ValueError(
                 f"{n} tokens do not form a grid of {height} by {width}; pass the grid the tokens come from."
             )
-        # Laid out once for the four projections that read it.
-        local = self.in_proj(x.transpose(1, 2).reshape(b, d, height, width)).flatten(2).transpose(1, 2).contiguous()
-        q, k, v = (self._heads(t) for t in self.qkv_proj(local).split([self.key_width, self.key_width, d], -1))
-        log_gates = F.logsigmoid(self._wide(self.gk_proj(local))) / self.temper
-        gates = (self._heads(t) for t in log_gates.chunk(2, -1))
+        local = self._local(x, height, width)
+        q, k, v, logits, narrow, bias = self._project(local)
+        gates = (self._heads(t) for t in self._log_gates(narrow).chunk(2, -1))
         mean = 0.25 if self.eval_half and not self.training else 0.5
-        seen = bidirectional_gated_linear_attention(q, k, v, *gates, scale=mean * q.shape[-1] ** -0.5).transpose(1, 2)
-        mix = self.g_proj(local).sigmoid().unflatten(-1, (self.num_heads, -1))
-        near = self.l_norm(local.unflatten(-1, (self.num_heads, -1)))
-        y = torch.lerp(near, self.g_norm(seen).to(near.dtype), mix.to(near.dtype))
-        return self.o_proj(self.out_act(y.flatten(2)))
+        seen = bidirectional_gated_linear_attention(
+            *(self._heads(t) for t in (q, k, v)), *gates, scale=mean * (self.key_width // self.num_heads) ** -0.5
+        )
+        y = mix_branches(
+            local, seen, logits, self.l_norm.weight, self.g_norm.weight, bias=bias, local_eps=self.l_norm.eps, seen_eps=self.g_norm.eps,
+            silu=isinstance(self.out_act, nn.SiLU),
+        )  # fmt: skip
+        return self.o_proj(y)
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, N, H * d] -> [B, H, N, d], a view."""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return x.view(x.shape[0], x.shape[1], self.num_heads, -1).transpose(1, 2)
 
-    @staticmethod
-    def _wide(x: Tensor) -> Tensor:
-        return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    def _local(self, x: Tensor, height: int, width: int) -> Tensor:
+        conv, act = cast(nn.Conv2d, self.in_proj[0]), self.in_proj[1]
+        if untouched(conv):
+            return depthwise_conv(x, (height, width), conv.weight, silu=isinstance(act, nn.SiLU))
+        return self.in_proj(x.mT.unflatten(2, (height, width))).flatten(2).mT.contiguous()
+
+    def _project(self, local: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """-> queries, keys, values, the mix without its bias, the gates' narrow projection; all of one product. And the mix's bias."""
+        d, narrow = local.shape[-1], cast(nn.Linear, self.gk_proj[0])
+        widths = [self.key_width, self.key_width, d]
+        if not untouched(self.qkv_proj, self.g_proj, narrow):
+            return *self.qkv_proj(local).split(widths, -1), self.g_proj(local), narrow(local), None
+        joint = F.linear(local, torch.cat([self.qkv_proj.weight, self.g_proj.weight, narrow.weight]))
+        return *joint.split([*widths, d, narrow.out_features], -1), self.g_proj.bias
+
+    def _log_gates(self, narrow: Tensor) -> Tensor:
+        layer = cast(nn.Linear, self.gk_proj[1])
+        if untouched(layer):
+            return log_gates(narrow, layer.weight, layer.bias, self.temper)
+        return F.logsigmoid(layer(narrow).to(torch.promote_types(narrow.dtype, torch.float32))) / self.temper

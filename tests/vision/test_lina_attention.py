@@ -61,6 +61,23 @@ def test_the_convolution_reads_the_input_and_leaves_the_prefix_alone():
 
 
 @pytest.mark.parametrize("normalisation", NORMS)
+@pytest.mark.parametrize("masked", [False, True], ids=["all-keys", "key-mask"])
+def test_the_kernels_add_the_convolution_as_pytorch_does(normalisation, masked):
+    made, x = released(normalisation=normalisation).float(), tokens().float()
+    mask = (torch.arange(N) != 3).expand(2, -1) if masked else None
+    results = []
+    for name in ("triton", "torch"):
+        made.implementation = name
+        held = x.clone().requires_grad_()
+        out = made(held, key_mask=mask)
+        with torch.no_grad():
+            torch.testing.assert_close(made(x, key_mask=mask), out.detach(), rtol=0, atol=1e-6)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [held, *made.parameters()])])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("normalisation", NORMS)
 def test_without_gates_and_convolution_order_means_nothing(normalisation):
     made, x, order = module(normalisation=normalisation), tokens(), torch.randperm(N)
     torch.testing.assert_close(made(x)[:, order], made(x[:, order]), rtol=0, atol=1e-12)

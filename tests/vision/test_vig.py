@@ -157,6 +157,61 @@ def test_log_gates_stay_fp32_under_autocast(dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("name", SMALL)
+def test_fused_kernels_give_the_model_that_pytorch_gives(name, monkeypatch):
+    """Triton's kernels, in its interpreter, where PyTorch runs otherwise: the output and every gradient."""
+    pytest.importorskip("triton")
+    from foveal.kernels.token_mixing import dispatch
+
+    model = small(name, **({"depth": 2} if "h" not in name.split("_") else {"depths": (1, 1), "num_heads": (3, 3)}))
+    x, results = torch.randn(1, 3, 64, 48), []
+    for fused in (False, True):
+        monkeypatch.setattr(dispatch, "fused", lambda *_, fused=fused: fused)
+        y = model(x)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), list(model.parameters()))])
+    for got, want in zip(*results, strict=True):
+        assert (got - want).norm() <= 1e-4 * want.norm() + 1e-7
+
+
+def test_a_layer_that_someone_listens_to_or_has_replaced_is_called():
+    """Its weight alone would not say what it does: hooks are heard, and adapters count."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    m, x, heard = mixer(), torch.randn(1, 15, 12, dtype=torch.float64), []
+    want = m(x, 3, 5)
+    m.qkv_proj.register_forward_hook(lambda *_: heard.append("qkv"))
+    m.in_proj[0].register_forward_hook(lambda *_: heard.append("conv"))
+    torch.testing.assert_close(m(x, 3, 5), want)
+    assert heard == ["conv", "qkv"]
+    for at, layer in enumerate(m.gk_proj):
+        other = Doubled(layer.in_features, layer.out_features, layer.bias is not None, dtype=torch.float64)
+        other.load_state_dict(layer.state_dict())
+        m.gk_proj[at] = other
+    doubled = m(x, 3, 5)
+    with torch.no_grad():
+        m.gk_proj[0], m.gk_proj[1] = (_plain(layer) for layer in m.gk_proj)
+        m.gk_proj[0].weight.mul_(2), m.gk_proj[1].weight.mul_(2), m.gk_proj[1].bias.mul_(2)
+    torch.testing.assert_close(m(x, 3, 5), doubled)
+
+
+def test_norms_that_someone_listens_to_are_called():
+    model, x, heard = small("vig_tiny_patch16_224", depth=1), torch.randn(1, 3, 64, 64), []
+    want = model(x)
+    for name in ("attn_norm", "mlp_norm", "mlp"):
+        model.blocks[0].get_submodule(name).register_forward_hook(lambda *_, name=name: heard.append(name))
+    torch.testing.assert_close(model(x), want)
+    assert heard == ["attn_norm", "mlp_norm", "mlp"]
+
+
+def _plain(layer: nn.Linear) -> nn.Linear:
+    made = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, dtype=torch.float64)
+    made.load_state_dict(layer.state_dict())
+    return made
+
+
+@pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("size", [(96, 128), (75, 61)], ids=["96x128", "odd"])
 def test_any_image_size(name, size):
     model = small(name)
