@@ -117,6 +117,17 @@ class Handle:
         for attachment in self.attachments:
             attachment.order_hook.enabled = enabled
 
+    @property
+    def fused(self) -> bool:
+        """May queries and keys be normed and rotated in one kernel, where it applies? False leaves that to the model's own operations."""
+        return any(getattr(a, "fused", False) for a in self.attachments)
+
+    @fused.setter
+    def fused(self, enabled: bool) -> None:
+        for attachment in self.attachments:
+            if hasattr(attachment, "fused"):
+                attachment.fused = enabled
+
     # ---- acting
     def reset(self) -> None:
         """Start afresh: states, step counts and the record."""

@@ -3,13 +3,14 @@
 Notable choices
 - Blocks are timed by hooks around them, registered before the method enters, so that whatever the method does inside a block is in
   its time. The rest of the call (embedding, root hook, token order, output) is what a model pays once, however deep it is.
-- Where all text is valid its mask is taken away from dense attention, as a caller could do: the baseline is not made slow.
+- Compiled blocks: their forward is, under the same hooks and with the same settings for every contender, whole graphs or an error.
+- Where all text is valid its mask is taken away from the blocks, as a caller could do: the baseline is not made slow.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import inspect
 import statistics
 import time
 from collections.abc import Sequence
@@ -17,50 +18,57 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from foveal.pipelines.bench.models import METHODS, Inputs, blocks_of
+from foveal.pipelines.bench.models import METHODS, Inputs, Rival, blocks_of
 from foveal.pipelines.bench.rounds import Stopwatch
 from foveal.plugins.accelerate import accelerate
 
 
-class WithoutMask(TorchFunctionMode):
-    """Dense attention without a mask that hides nothing."""
+def unmask(block: nn.Module) -> None:
+    """Let a block be called without a mask that hides nothing."""
+    at = list(inspect.signature(block.forward).parameters).index("attention_mask")
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            kwargs.pop("attn_mask", None)
-        return func(*args, **kwargs)
+    def without(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        named = {"attention_mask": None} if "attention_mask" in kwargs else {}
+        return tuple(None if i == at else x for i, x in enumerate(args)), kwargs | named
+
+    block.register_forward_pre_hook(without, with_kwargs=True)
 
 
 class Contender:
-    """method: (name, knobs) or None. depths: blocks of each kind in the real model, one kind per block here (or one for all).
+    """depths: blocks of each kind in the real model, one kind per block here (or one for all). compiler: of a compiled rival.
 
     After calls: ``blocks_ms()``, ``rest_ms()`` and ``model_ms()`` have a figure per call; ``peak`` is in bytes, 0 off the GPU.
     """
 
     def __init__(
-        self, model: nn.Module, method: tuple[str, dict[str, Any]] | None, unmasked: bool, device: torch.device,
-        depths: Sequence[int],
+        self, model: nn.Module, rival: Rival, unmasked: bool, device: torch.device, depths: Sequence[int],
+        compiler: str | None = None,
     ) -> None:  # fmt: skip
         shared: dict[int, Any] = {id(p): p for p in (*model.parameters(), *model.buffers())}
         self.model = copy.deepcopy(model, shared)
-        self.device, self.unmasked, self.peak = device, unmasked, 0
+        self.device, self.peak = device, 0
         self.blocks, self.whole = Stopwatch(device), Stopwatch(device)
         self.host: list[float] = []
         found = blocks_of(self.model)
         for block in found:
+            if unmasked:
+                unmask(block)
             block.register_forward_pre_hook(lambda *_: self.blocks.start())
             block.register_forward_hook(lambda *_: self.blocks.stop())
         self.weights = list(depths) if len(depths) == len(found) else [sum(depths) / len(found)] * len(found)
-        self.handle = accelerate(self.model, METHODS[method[0]], **method[1]) if method else None
+        self.handle = accelerate(self.model, METHODS[rival.method], **rival.knobs) if rival.method else None
+        if self.handle is not None:
+            self.handle.fused = rival.fused
+        for block in found if rival.compiled else ():
+            whole: Any = block  # a module's own forward may be put in its place
+            whole.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=compiler or "inductor")
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """One timed call. -> the model's output"""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        with torch.inference_mode(), WithoutMask() if self.unmasked else contextlib.nullcontext():
+        with torch.inference_mode():
             started = time.perf_counter()
             self.whole.start()
             out: Tensor = self.model(**inputs, return_dict=False)[0]

@@ -5,8 +5,10 @@ Notable choices
   blocks, the token order of the accelerated ones included; together they give the speed-up of a model of real depth.
 - The baseline runs the fastest SDPA backend of this machine inside the block, on the length the model has: padding that would make
   cuDNN faster is possible around an operator (`bench kernels` has it), not inside an unmodified block.
-- Two contenders skip nothing: "host" hands every call back to the model's own attention, "full density" sends it through our kernel
-  with a plan of all pairs. Their overhead is taken round by round, where drift cancels, with its quartiles.
+- Two contenders skip nothing: "host" hands every call back to the model's own attention, "full density" plans all pairs, which comes to
+  the same where all text is known to be valid. Their overhead is taken round by round, where drift cancels, with its quartiles.
+- Rows called compiled have their blocks compiled, the dense model's too, and are compared with it.
+- "own norms" is the method with norm and rotation of queries and keys left to the model; ``fused`` says whose they were.
 - The bound is Amdahl's: attention is timed inside the dense block, and attention that cost nothing would leave the rest.
 """
 
@@ -22,11 +24,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from foveal.pipelines.bench.contender import Contender
-from foveal.pipelines.bench.models import CASES, TINY, Case, Inputs, made
+from foveal.pipelines.bench.models import CASES, TINY, Case, Inputs, Rival, made
 from foveal.pipelines.bench.rounds import How, Rounds, Timing, how_many, orders, reason
 from foveal.pipelines.bench.rows import SHORT, Rows, row
+from foveal.plugins.diffusers_host.fused import ON
 
-DENSE, NO_MASK_TAKEN = "dense", "dense, masked"
+DENSE, NO_MASK_TAKEN, COMPILED = "dense", "dense, masked", "dense, compiled"
+ALONE = Rival(None, {})
 NOTHING_SKIPPED = ("host", "full density")
 INCLUDES = ["host", "plan", "order", "kernel", "rest of the block"]
 ON_GPU = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
@@ -73,7 +77,8 @@ class Field:
         for name in self.names:
             try:
                 unmasked = masked and name != NO_MASK_TAKEN
-                self.alive[name] = Contender(model, case.rivals.get(name), unmasked, device, case.depths)
+                rival = case.rivals.get(name, ALONE)
+                self.alive[name] = Contender(model, rival, unmasked, device, case.depths, case.compiler)
             except Exception as error:
                 self.leave(name, error)
 
@@ -110,6 +115,7 @@ class Field:
 
 
 def measure_case(case: Case, how: How) -> Rows:
+    torch.compiler.reset()  # graphs of other cases count against the limit of one function
     field = Field(case, how.device, how.dtype)
     if DENSE in field.alive:
         try:
@@ -143,11 +149,19 @@ def unmeasured(case: Case, field: Field, dtype: str) -> Rows:
 
 def method_of(name: str) -> str | None:
     """The method a row counts for; those that skip nothing are no method's figures."""
-    return name if name in ("grat", "neighborhood") else None
+    method = name.split(",")[0]
+    return method if method in ("grat", "neighborhood") else None
+
+
+def baseline_of(name: str) -> str:
+    """Compiled is compared with compiled."""
+    return COMPILED if name.endswith(", compiled") else DENSE
 
 
 def rows_of(case: Case, field: Field, sdpa: str, dtype: str) -> Rows:
     alive = field.alive
+    for name in [n for n in alive if baseline_of(n) not in alive]:
+        field.leave(name, RuntimeError(f"not measured, because {baseline_of(name)} failed"))
     rounds = Rounds({n: Timing(tuple(c.blocks_ms())) for n, c in alive.items()}, field.failed)
     models = Rounds({n: Timing(tuple(c.model_ms())) for n, c in alive.items()})
     attention = alive["host"].attention_ms() if "host" in alive else None
@@ -159,12 +173,13 @@ def rows_of(case: Case, field: Field, sdpa: str, dtype: str) -> Rows:
             "includes": INCLUDES,
             "method": method_of(name),
         }
+        base = baseline_of(name)
         if name in alive:
             facts |= call_facts(alive[name], models, name) | {"depth": sum(case.depths), "sdpa": sdpa}
-            facts |= attention_facts(rounds.timings[DENSE].ms, attention, alive[name], name)
+            facts |= attention_facts(rounds.timings[base].ms, attention, alive[name], name)
         if name in alive and name in NOTHING_SKIPPED:
             facts |= overhead_facts(rounds, field, name)
-        found.append(row(case.name, "block", name, rounds, DENSE, **facts))
+        found.append(row(case.name, "block", name, rounds, base, **facts))
     return found
 
 
@@ -172,7 +187,7 @@ def call_facts(contender: Contender, models: Rounds, name: str) -> dict[str, Any
     """What belongs to the whole call. peak_bytes: the most that PyTorch held during a call, weights included; null on a CPU."""
     return {
         "call_ms": statistics.median(contender.rest_ms()), "host_ms": contender.host_ms(), "model_ms": models.timings[name].ms,
-        "model_speedup": models.timings[DENSE].ms / models.timings[name].ms, "peak_bytes": contender.peak or None,
+        "model_speedup": models.timings[baseline_of(name)].ms / models.timings[name].ms, "peak_bytes": contender.peak or None,
     }  # fmt: skip
 
 
@@ -194,6 +209,7 @@ def attention_facts(block: float, attention: float | None, contender: Contender,
         "visited": statistics.mean(p.visited for p in plans),
     }
     facts |= {"setting": plans[0].plan.label, "kernel": plans[0].implementation}
+    facts["fused"] = f"{ON}." in contender.handle.record.notes
     if attention is not None:
         left = block - attention
         facts |= {"bound": block / left, "bound_at_density": block / (left + density * attention)}
@@ -211,7 +227,7 @@ def overhead_facts(rounds: Rounds, field: Field, name: str) -> dict[str, Any]:
 def line(r: dict[str, Any]) -> str:
     """One row as a line of text."""
     if r.get("failed"):
-        return f"{r['case']:15} {r['impl']:14} failed: {r['failed']}"
+        return f"{r['case']:15} {r['impl']:22} failed: {r['failed']}"
     attention = "" if r["attention_ms"] is None else f"  attention {r['attention_ms']:8.3f} ms"
     peak = "" if r["peak_bytes"] is None else f"  peak {r['peak_bytes'] / 2**30:.2f} GiB"
     over = (
@@ -224,9 +240,9 @@ def line(r: dict[str, Any]) -> str:
         if r["method"] and "bound" in r
         else ""
     )
-    plan = f"  {r['kernel']}  {r['setting']}" if "kernel" in r else ""
+    plan = f"  {r['kernel']}{', fused norms' if r['fused'] else ''}  {r['setting']}" if "kernel" in r else ""
     return (
-        f"{r['case']:15} {r['impl']:14} density {r['density']:.3f}  block {r['ms']:8.3f} ms  x{r['speedup']:.3f}{attention}  "
+        f"{r['case']:15} {r['impl']:22} density {r['density']:.3f}  block {r['ms']:8.3f} ms  x{r['speedup']:.3f}{attention}  "
         f"once per call {r['call_ms']:7.3f} ms  model x{r['model_speedup']:.3f}{peak}{over}{bound}{plan}"
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ Notable choices
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,21 @@ METHODS = {"dense": Dense, "grat": GRAT, "neighborhood": Neighborhood}  # classe
 EXACT = ("timestep", "img_ids", "txt_ids", "guidance", "encoder_attention_mask")  # inputs that keep their dtype
 
 
+class Rival(NamedTuple):
+    """What runs in a model. method: None is the model alone. fused: queries and keys may be finished by our kernel; compiled: its blocks are."""
+
+    method: str | None
+    knobs: dict[str, Any]
+    fused: bool = True
+    compiled: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One model. tile: of both methods; depths: blocks of each kind in the real model; width: other widths than the real ones."""
+    """One model. tile: of both methods; depths: blocks of each kind in the real model; width: other widths than the real ones.
+
+    compiler: backend of torch.compile for the compiled rows; None: there are none.
+    """
 
     name: str
     family: str
@@ -40,6 +52,7 @@ class Case:
     text: int = 512
     head_dim: int = 128
     ffn: int = 0
+    compiler: str | None = None
     width: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -47,24 +60,31 @@ class Case:
         return self.grid[0] * self.grid[1] * self.grid[2]
 
     @property
-    def rivals(self) -> dict[str, tuple[str, dict[str, Any]]]:
-        """Methods by the name of their row: two that skip nothing, then the sparse ones."""
-        return {
-            "host": ("dense", {}),
-            "full density": ("neighborhood", {"window": -1, "tile": self.tile}),
-            "grat": ("grat", {"group": self.tile, "pattern": "auto", "density": self.density}),
-            "neighborhood": ("neighborhood", {"tile": self.tile, "density": self.density}),
+    def rivals(self) -> dict[str, Rival]:
+        """Rivals of the dense model by the name of their row: two that skip nothing, the sparse ones, and compiled ones."""
+        grat = Rival("grat", {"group": self.tile, "pattern": "auto", "density": self.density})
+        neighborhood = Rival("neighborhood", {"tile": self.tile, "density": self.density})
+        found = {
+            "host": Rival("dense", {}),
+            "full density": Rival("neighborhood", {"window": -1, "tile": self.tile}),
+            "grat": grat,
+            "grat, own norms": grat._replace(fused=False),
+            "neighborhood": neighborhood,
         }
+        if self.compiler is None:
+            return found
+        compiled = {"dense": Rival(None, {}), "grat": grat}  # compiling takes longer than all the rest
+        return found | {f"{name}, compiled": rival._replace(compiled=True) for name, rival in compiled.items()}
 
 
 CASES = (
-    Case(name="wan-1.3b-480p", family="wan", grid=(21, 30, 52), heads=12, ffn=8960, depths=(30,), tile=(21, 3, 4)),
+    Case(name="wan-1.3b-480p", compiler="inductor", family="wan", grid=(21, 30, 52), heads=12, ffn=8960, depths=(30,), tile=(21, 3, 4)),
     Case(name="wan-14b-480p", family="wan", grid=(21, 30, 52), heads=40, ffn=13824, depths=(40,), tile=(21, 3, 4)),
-    Case(name="flux-4096", family="flux", grid=(1, 256, 256), heads=24, depths=(19, 38), tile=(1, 16, 16)),
+    Case(name="flux-4096", compiler="inductor", family="flux", grid=(1, 256, 256), heads=24, depths=(19, 38), tile=(1, 16, 16)),
     Case(name="wan-14b-720p", family="wan", grid=(21, 45, 80), heads=40, ffn=13824, depths=(40,), tile=(7, 9, 4)),
-    Case(name="hunyuan-720p", family="hunyuan", grid=(33, 45, 80), heads=24, text=256, depths=(20, 40), tile=(11, 9, 5)),
+    Case(name="hunyuan-720p", compiler="inductor", family="hunyuan", grid=(33, 45, 80), heads=24, text=256, depths=(20, 40), tile=(11, 9, 5)),
 )  # fmt: skip
-SMALL: dict[str, Any] = {"head_dim": 16, "heads": 2, "text": 8, "density": 0.5}
+SMALL: dict[str, Any] = {"head_dim": 16, "heads": 2, "text": 8, "density": 0.5, "compiler": "aot_eager"}
 TINY = (
     Case(
         name="tiny wan", family="wan", grid=(2, 8, 8), tile=(2, 4, 4), ffn=32, depths=(3,), width={"text_dim": 16}, **SMALL

@@ -101,12 +101,21 @@ class Attachment:
             self.record.add_layer(self.component, name, "temporal", len(self.record.layers), label).left_alone = MOTION
 
     # ---- while it runs
+    @property
+    def fused(self) -> bool:
+        """May queries and keys be finished by our kernel, where it applies?"""
+        return self.frame.fused
+
+    @fused.setter
+    def fused(self, enabled: bool) -> None:
+        self.frame.fused = enabled
+
     def new_run(self, keep_calls: bool = False) -> None:
         """Forget what methods kept; ``keep_calls`` goes on counting model calls."""
         if not keep_calls:
             self.tracker.reset()
         for bound in self.bound.values():
-            bound.layer.states.clear()
+            bound.layer.new_run()
 
     def check_first_call(self) -> None:
         """After the first model call: a bound layer that was never asked is a layer we did not catch."""

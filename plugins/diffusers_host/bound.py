@@ -27,6 +27,7 @@ from foveal.plugins.accelerate import AccelerateError
 from foveal.plugins.diffusers_host import private
 from foveal.plugins.diffusers_host.compiled import attend_in_graph
 from foveal.plugins.diffusers_host.composition import IP_ADAPTER_FIRST, NO_CONTEXT_PARALLEL
+from foveal.plugins.diffusers_host.fused import fusion_of
 from foveal.plugins.diffusers_host.hunyuan15_processor import restated
 from foveal.plugins.diffusers_host.layer import Core, Layer
 
@@ -102,6 +103,7 @@ class BoundProcessor:
         self.original = original
         self.layer = make_layer(self.dense)
         self.inner = restated(original, self.layer.frame) or copy.copy(original)
+        self.fusion = fusion_of(original, self.layer)
         self.by_backend = hasattr(original, "_attention_backend")
         self._dense_backend = getattr(original, "_attention_backend", None)
         self._dispatch = private.dispatcher()
@@ -154,6 +156,16 @@ class BoundProcessor:
             _SLOT.bound = previous
 
     def run(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.fusion is None or torch.compiler.is_compiling():
+            return self.run_original(attn, *args, **kwargs)
+        try:
+            out = self.fusion.run(attn, *args, **kwargs)
+            return self.run_original(attn, *args, **kwargs) if out is None else out
+        finally:
+            self.layer.handed_back = None
+
+    def run_original(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        """Through the processor that the layer had, with its attention call caught."""
         if self.mode is not None:
             with self.mode:
                 return self.inner(attn, *args, **kwargs)

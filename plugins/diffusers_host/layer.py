@@ -2,6 +2,7 @@
 
 Letters: B batch, H heads, N query tokens, M key tokens, D head dim. diffusers' layout is [B, N, H, D].
 
+* A call that is made for the method alone (see fused.py) may be handed back; calls like it are then left to the model for the run.
 * A call that cannot be placed for certain runs dense, and the record names why: never a wrong picture.
 * State lives per (layer, branch) and per run. Inside a backward pass (gradient checkpointing recomputes there) the method gets a
   copy, so that recomputing changes nothing, and nothing is recorded.
@@ -24,13 +25,13 @@ from foveal.plugins.method import Method
 from foveal.plugins.order import by
 from foveal.plugins.record import LayerRecord, Record
 from foveal.plugins.running import NOTHING_LEFT_OUT, Result, run_method
-from foveal.plugins.site import MethodError, Site, Span, State
+from foveal.plugins.site import Grid, MethodError, Site, Span, State
 
 Dense = Callable[["Core"], Tensor]
 
 
 class Core(NamedTuple):
-    """Arguments of one attention call: q [B, N, H, D], k, v [B, M, Hkv, D]."""
+    """Arguments of one attention call: q [B, N, H, D], k, v [B, M, Hkv, D]. ordered: their visual tokens are in the method's order."""
 
     q: Tensor
     k: Tensor
@@ -40,6 +41,7 @@ class Core(NamedTuple):
     gqa: bool = False
     causal: bool = False
     dropout: float = 0.0
+    ordered: bool = False
 
 
 @dataclass(eq=False)
@@ -58,23 +60,65 @@ class Layer:
     local: Layout | None = None  # the layout of this level of a UNet
     states: dict[str | None, State] = field(default_factory=dict)
     seen: bool = False
+    unfused: bool = False  # its queries and keys are left to the model until the run ends
+    handed_back: Result | None = None  # what attend_sparse leaves to the next attend
+    returned: set[tuple[int, Grid | None]] = field(
+        default_factory=set
+    )  # tokens and grids of calls handed back in this run
 
     def __post_init__(self) -> None:
         self.layer_id = torch.tensor(self.index)
         self.ticket = ticket_of(self)
 
+    def new_run(self) -> None:
+        """Forget what belongs to a run."""
+        self.states.clear()
+        self.returned.clear()
+        self.unfused = False
+
     def attend(self, core: Core) -> Tensor:
         """-> [B, N, H, D]"""
+        out = self._run(core, self.dense)
+        assert out is not None
+        return out
+
+    def attend_sparse(self, core: Core) -> Tensor | None:
+        """-> [B, N, H, D], or None where the method hands the call back: the next ``attend`` runs it dense and records it."""
+        return self._run(core, None)
+
+    def foresees(self, core: Core) -> Site | None:
+        """The site of a call that the method will take, as far as shapes tell. Asked before there are queries and keys."""
+        site = self.place(core) if self.frame.active else None
+        if not isinstance(site, Site) or self.method.stands_aside(site) is not None:
+            return None
+        return None if self._kind(core) in self.returned else site
+
+    def _kind(self, core: Core) -> tuple[int, Grid | None]:
+        return core.q.shape[1], self.frame.layout.grid
+
+    def _run(self, core: Core, dense: Dense | None) -> Tensor | None:
         self.seen = True
         recomputing = torch._C._current_graph_task_id() != -1
-        site = self.place(core) if self.frame.active or recomputing else "attention outside a call of the whole model"
         timing = self.record.timing and not recomputing
         mark = start_clock(core.q.device) if timing else None
-        result = Result(None, reason=site) if isinstance(site, str) else self._try_method(core, site, recomputing)
-        out = self.dense(core) if result.out is None else result.out.transpose(1, 2)
+        result, self.handed_back = self.handed_back or self._result(core, recomputing), None
+        if result.out is None and dense is None:
+            self.handed_back = result
+            self.returned.add(self._kind(core))
+            return None
+        if result.out is None:
+            assert dense is not None
+            out = dense(core)
+        else:
+            out = result.out.transpose(1, 2)
+            self.returned.discard(self._kind(core))
         if not recomputing:
             self._write(core, result, stop_clock(mark))
         return out
+
+    def _result(self, core: Core, recomputing: bool) -> Result:
+        site = self.place(core) if self.frame.active or recomputing else "attention outside a call of the whole model"
+        return Result(None, reason=site) if isinstance(site, str) else self._try_method(core, site, recomputing)
 
     def _try_method(self, core: Core, site: Site, recomputing: bool) -> Result:
         q, k, v = (x.transpose(1, 2) for x in core[:3])
@@ -114,9 +158,9 @@ class Layer:
             return "text lengths of another batch"
         if core.mask is not None and (valid is None or not _is_tail_padding(core.mask, n)):
             return "an attention mask beyond padding of the text"
-        return self._site(layout, text, valid, core.scale)
+        return self._site(layout, text, valid, core)
 
-    def _site(self, layout: Layout, text: int, valid: Tensor | None, scale: float | None) -> Site:
+    def _site(self, layout: Layout, text: int, valid: Tensor | None, core: Core) -> Site:
         frame, start = self.frame, text if layout.text_first else 0
         visual = Span(start, start + layout.visual)
         extra = Span(visual.stop, visual.stop + layout.extra)
@@ -125,7 +169,7 @@ class Layer:
         return Site(
             role=self.role, name=self.name, layer=self.index, layers=self.layers, grid=layout.grid, visual=visual,
             step=frame.step, steps=frame.steps, branch=frame.branch, text=span if text else None, valid_text=valid,
-            extra=(extra,) if layout.extra else (), ordered=frame.ordered and self.local is None, scale=scale,
+            extra=(extra,) if layout.extra else (), scale=core.scale, ordered=core.ordered or (frame.ordered and self.local is None),
             layer_id=self.layer_id,
         )  # fmt: skip
 

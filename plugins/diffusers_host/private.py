@@ -37,6 +37,7 @@ MODELS = "diffusers.models.transformers"
 ENUM_MEMBERS = ("_value2member_map_", "_member_map_", "_member_names_", "NATIVE")
 REGISTRY_MEMBERS = ("_backends", "_active_backend", "_supported_arg_names", "register", "get_active_backend")
 SDPA_PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+PROCESSOR = ("attn", "hidden_states", "encoder_hidden_states", "attention_mask")
 
 CONTRACT = (
     Private(DISPATCH, "AttentionBackendName", members=ENUM_MEMBERS, use="name our attention backend"),
@@ -70,6 +71,14 @@ CONTRACT = (
             use="find HunyuanVideo 1.5's valid text"),
     Private("diffusers.models.embeddings", "apply_rotary_emb", ("x", "freqs_cis", "sequence_dim"),
             use="restate HunyuanVideo 1.5's attention"),
+    *(Private(f"{MODELS}.{module}", f"{name}.__call__", (*PROCESSOR, rope), use="restate attention with fused norms")
+      for module, name, rope in (
+          ("transformer_wan", "WanAttnProcessor", "rotary_emb"),
+          ("transformer_flux", "FluxAttnProcessor", "image_rotary_emb"),
+          ("transformer_hunyuan_video", "HunyuanVideoAttnProcessor2_0", "image_rotary_emb"))),
+    *(Private(f"{MODELS}.{module}", "_get_qkv_projections", PROCESSOR[:3], use="restate attention with fused norms")
+      for module in ("transformer_wan", "transformer_flux")),
+    Private("diffusers.models.normalization", "RMSNorm", ("dim", "eps", "bias"), use="restate attention with fused norms"),
 )  # fmt: skip
 
 
@@ -173,6 +182,21 @@ def dispatcher() -> Callable[..., Any]:
 def rotary() -> Callable[..., Any]:
     """RoPE of x [B, N, H, D] by (cos, sin) [N, D] with ``sequence_dim=1``."""
     return lookup("diffusers.models.embeddings", "apply_rotary_emb")
+
+
+def rms_norm() -> type:
+    """diffusers' own RMS norm, which rounds before its weight too."""
+    return lookup("diffusers.models.normalization", "RMSNorm")
+
+
+def wan_projections() -> Callable[..., Any]:
+    """(attn, hidden_states, encoder_hidden_states) -> q, k, v [B, N, H * D], fused projections too."""
+    return lookup(f"{MODELS}.transformer_wan", "_get_qkv_projections")
+
+
+def flux_projections() -> Callable[..., Any]:
+    """(attn, hidden_states, encoder_hidden_states) -> q, k, v and those of the text, fused projections too."""
+    return lookup(f"{MODELS}.transformer_flux", "_get_qkv_projections")
 
 
 def native_attention() -> Callable[..., Any]:

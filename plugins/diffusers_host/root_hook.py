@@ -46,6 +46,7 @@ class Frame:
     kept: Tensor | None = None  # [layout.text]: its length is dynamic to compilers, a number would be constant
     ordered: bool = False  # the order hook has permuted this call
     active: bool = False  # a model call is under way
+    fused: bool = True  # queries and keys may be finished by our kernel
 
 
 class _Now(threading.local):
@@ -88,24 +89,34 @@ class Tracker:
         self.calls: dict[str | None, int] = {}
         self.scheduler: Callable[[], Any] = lambda: None
         self.run_steps: int | None = None
+        self.bound = True  # does any layer still hold our processor in this run?
         self._last_step: int | None = None
         self._pass = 0
         self._mark: Mark = None
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """-> other arguments for the call, where the order hook has changed some"""
         attachment = self.attachment
         if module is not attachment.model:  # a deep copy keeps the hook, and is not accelerated
-            return
+            return None
         call, frame = self.bind(args, kwargs), attachment.frame
         if not self.calls:  # the first call of a run warns when something has replaced our processors since
             attachment.handle.is_active()
+            self.bound = bool(attachment.still_bound())
         self._follow_steps(frame)
         self._check_cache(call)
         self._place(frame, call)
-        attachment.order_hook.begin(call, frame)
+        if self.bound:
+            attachment.order_hook.begin(call, frame)
+        else:  # nobody gains, and sums would be taken in another order
+            frame.ordered = False
         frame.active = True
         NOW.frame = frame
         self._mark = start_clock(_device(call)) if attachment.record.timing else None
+        changed = attachment.order_hook.arguments(call)
+        return None if changed is None else ((), changed)
 
     def after(self, module: nn.Module) -> None:
         """Also when the call failed."""

@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 from foveal.pipelines.bench import contender, layers, models
 from foveal.pipelines.bench.__main__ import run
+from foveal.pipelines.bench.models import Rival
 from foveal.pipelines.bench.rounds import How
 from foveal.pipelines.bench.rows import FIELDS
 
@@ -35,9 +36,20 @@ def test_the_record_has_the_schema(record):
 
 @pytest.mark.parametrize("case", models.TINY, ids=lambda case: case.name)
 def test_every_case_has_its_contenders(record, case):
-    expected = {"dense", "host", "full density", "grat", "neighborhood"}
+    expected = {"dense", "host", "full density", "grat", "grat, own norms", "neighborhood"}
+    expected |= {"dense, compiled", "grat, compiled"}
     assert set(rows_of(record, case)) == expected | ({"dense, masked"} if case is HUNYUAN else set())
-    assert {n for n, r in rows_of(record, case).items() if r["method"]} == {"grat", "neighborhood"}
+    methods = {n: r["method"] for n, r in rows_of(record, case).items() if r["method"]}
+    assert set(methods.values()) == {"grat", "neighborhood"} and all(n.startswith(m) for n, m in methods.items())
+
+
+@pytest.mark.parametrize("case", models.TINY, ids=lambda case: case.name)
+def test_compiled_blocks_are_compared_with_compiled_blocks(record, case):
+    rows = rows_of(record, case)
+    r, base = rows["grat, compiled"], rows["dense, compiled"]
+    assert r["baseline"] == "dense, compiled" and r["speedup"] == pytest.approx(base["ms"] / r["ms"])
+    assert r["density"] == rows["grat"]["density"]  # inside a graph the method runs as outside
+    assert rows["grat"]["baseline"] == "dense"
 
 
 @pytest.mark.parametrize("case", models.TINY, ids=lambda case: case.name)
@@ -65,6 +77,21 @@ def test_bounds_are_amdahls(record, case):
         assert r["model_speedup"] == pytest.approx(rows["dense"]["model_ms"] / r["model_ms"])
 
 
+def test_without_its_compiled_baseline_a_compiled_row_is_not_measured(monkeypatch):
+    compiled = []
+
+    def fails_once(forward, **_):
+        compiled.append(forward)
+        if len(compiled) == 1:
+            raise RuntimeError("no compiler")
+        return forward
+
+    monkeypatch.setattr(torch, "compile", fails_once)
+    rows = {r["impl"]: r for r in layers.measure_case(WAN, ONCE)}
+    assert "no compiler" in rows["dense, compiled"]["failed"] and rows["grat"]["ms"] > 0
+    assert "because dense, compiled failed" in rows["grat, compiled"]["failed"]
+
+
 # ---- a call taken apart
 class Told:
     """A stopwatch that was told its times."""
@@ -78,7 +105,7 @@ class Told:
 
 def test_a_deep_model_is_its_blocks_by_kind_and_what_is_paid_once():
     model, _ = models.made(FLUX, CPU, torch.float32)
-    found = contender.Contender(model, None, False, CPU, depths=(2, 3))
+    found = contender.Contender(model, layers.ALONE, False, CPU, depths=(2, 3))
     found.blocks, found.whole = Told([10.0, 20.0, 11.0, 21.0]), Told([37.0, 39.0])  # two calls of two blocks
     assert found.rest_ms() == [7.0, 7.0]
     assert found.model_ms() == [2 * 10 + 3 * 20 + 7, 2 * 11 + 3 * 21 + 7]
@@ -87,7 +114,7 @@ def test_a_deep_model_is_its_blocks_by_kind_and_what_is_paid_once():
 
 def test_a_call_is_timed_by_block_and_as_a_whole():
     model, inputs = models.made(WAN, CPU, torch.float32)
-    found = contender.Contender(model, ("grat", {"group": WAN.tile, "density": 0.5}), False, CPU, WAN.depths)
+    found = contender.Contender(model, Rival("grat", {"group": WAN.tile, "density": 0.5}), False, CPU, WAN.depths)
     found(inputs)
     assert len(found.blocks.times()) == 2 and len(found.whole.times()) == 1 and found.rest_ms()[0] > 0
     assert found.weights == [1.5, 1.5]  # three layers of one kind, two blocks to time them with
@@ -99,7 +126,9 @@ def test_contenders_share_weights_and_leave_the_model_as_it_was():
     model, inputs = models.made(FLUX, CPU, torch.float32)
     with torch.inference_mode():
         before = model(**inputs, return_dict=False)[0]
-    sparse = contender.Contender(model, ("neighborhood", {"tile": FLUX.tile, "density": 0.5}), False, CPU, FLUX.depths)
+    sparse = contender.Contender(
+        model, Rival("neighborhood", {"tile": FLUX.tile, "density": 0.5}), False, CPU, FLUX.depths
+    )
     assert not torch.equal(sparse(inputs), before)
     own, theirs = dict(model.named_parameters()), dict(sparse.model.named_parameters())
     assert all(theirs[name] is own[name] for name in own)
@@ -126,14 +155,14 @@ def test_a_mask_that_hides_nothing_is_taken_from_the_baseline_and_from_it_alone(
     for name in ("dense", "dense, masked"):
         with Masks() as masks:
             outputs[name] = field.call(name)
-        masked[name] = set(masks.seen)
-    assert masked["dense"] == {False} and True in masked["dense, masked"]
+        masked[name] = sum(masks.seen)
+    assert masked["dense, masked"] - masked["dense"] == 2  # the blocks; what refines the text keeps its mask
     torch.testing.assert_close(outputs["dense"], outputs["dense, masked"])
 
 
 def test_tokens_are_put_in_order_once_per_call_outside_the_blocks(monkeypatch):
     model, inputs = models.made(WAN, CPU, torch.float32)
-    found = contender.Contender(model, ("grat", {"group": WAN.tile, "density": 0.5}), False, CPU, WAN.depths)
+    found = contender.Contender(model, Rival("grat", {"group": WAN.tile, "density": 0.5}), False, CPU, WAN.depths)
     found(inputs)
     plans = [layer.facts.plan for layer in found.handle.record.layers if layer.facts]
     assert len(plans) == 2 and all(plan.ordered for plan in plans)
@@ -176,7 +205,7 @@ def test_where_dense_fails_nothing_is_compared(monkeypatch):
 
     monkeypatch.setattr(layers, "made", too_large)
     rows = layers.measure_case(WAN, ONCE)
-    assert [r["impl"] for r in rows] == ["dense", "host", "full density", "grat", "neighborhood"]
+    assert [r["impl"] for r in rows] == ["dense", *WAN.rivals]
     assert all(r["failed"] == "RuntimeError: out of memory" and r["speedup"] is None for r in rows)
 
 
@@ -193,6 +222,6 @@ def test_the_methods_of_a_case_come_near_its_density_in_full_blocks(case):
     joint = case.family != "wan"
     layout = Layout.joint(case.grid, case.text if joint else 0, case.family == "flux")
     for name in ("grat", "neighborhood"):
-        kind, knobs = case.rivals[name]
+        kind, knobs = case.rivals[name][:2]
         plan = models.METHODS[kind](**knobs).static_plan(layout).plan
         assert 0.2 < plan.density <= case.density and torch.equal(plan.n_full, plan.count)

@@ -3,8 +3,11 @@
 Permuting changes which sums float rounding sees, so equality is to 1e-5 of a unit-sized output, not to the bit.
 """
 
+import inspect
+
 import pytest
 import torch
+import zoo
 from fakes import Masked, Spy, shuffled_order
 from tiny import (
     MODELS,
@@ -20,6 +23,7 @@ from tiny import (
 )
 
 from foveal.plugins.accelerate import accelerate
+from foveal.plugins.diffusers_host.order_hook import RECIPES
 from foveal.plugins.methods.grat import GRAT
 from foveal.plugins.running import NOTHING_LEFT_OUT
 
@@ -153,3 +157,98 @@ def test_full_window_is_the_plain_pipeline(name):
         assert handle.record.density() == pytest.approx(1.0) or name == "hunyuan"
         assert {row["reason"] for row in handle.record.ran_dense_why()} <= {NOTHING_LEFT_OUT}
     assert torch.equal(call(pipe), plain)
+
+
+# ---- every other model that has a recipe
+OTHERS = (
+    "cogvideox",
+    "cogvideox15",
+    "flux2",
+    "hunyuan15",
+    "ltx",
+    "pixart",
+    "qwen",
+    "sd3",
+    "sd35",
+    "skyreels",
+    "wan_vace",
+)
+
+
+def test_every_recipe_is_tried():
+    kinds = {type(zoo.build(name)[0]).__name__ for name in OTHERS} | {
+        type(make()).__name__ for make, _ in MODELS.values()
+    }
+    assert kinds == set(RECIPES)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_shuffled_dense_equals_the_plain_model_of_every_recipe(name):
+    model, inputs = zoo.build(name)
+    plain, spy = run(model, inputs), Spy(shuffle=True)
+    handle = accelerate(model, spy)
+    torch.testing.assert_close(run(model, inputs), plain, **TOLERANCE)
+    (site, v), calls = spy.seen[0], len(spy.seen)
+    assert all(s.ordered for s, _ in spy.seen) and not handle.record.notes
+    handle.order_hook = False
+    run(model, inputs)
+    at = slice(site.visual.start, site.visual.stop)
+    unordered = spy.seen[calls][1][:, :, at]
+    torch.testing.assert_close(v[:, :, at], unordered[:, :, shuffled_order(site.grid).token], **TOLERANCE)
+
+
+def _masked(model, inputs):
+    n = inputs["hidden_states"].shape[-2] * inputs["hidden_states"].shape[-1]
+    inputs["attention_mask"] = torch.ones(inputs["hidden_states"].shape[0], n // model.config.patch_size**2)
+
+
+def _residuals(model, inputs):
+    inputs["block_controlnet_hidden_states"] = [torch.zeros(1)]
+
+
+def _short_control(model, inputs):
+    inputs["control_hidden_states"] = inputs["control_hidden_states"][:, :, :1]
+
+
+def _causal(model, inputs):
+    model.register_to_config(num_frame_per_block=2)
+
+
+def _as_much_text(model, inputs):
+    tokens = inputs["hidden_states"].shape[1]
+    inputs["encoder_hidden_states"] = noise(1, tokens, inputs["encoder_hidden_states"].shape[2], seed=4)
+    inputs["txt_ids"] = torch.zeros(*inputs["txt_ids"].shape[:-2], tokens, inputs["txt_ids"].shape[-1])
+
+
+ASIDE = {
+    "pixart": (_masked, "a mask names tokens by their place"),
+    "sd3": (_residuals, "ControlNet adds residuals"),
+    "wan_vace": (_short_control, "the control video has another size"),
+    "skyreels": (_causal, "frames see only earlier ones"),
+    "flux2": (_as_much_text, "as many text tokens as visual ones"),
+}
+
+
+@pytest.mark.parametrize("name", ASIDE)
+def test_what_names_tokens_by_their_place_makes_the_hook_stand_aside(name):
+    change, reason = ASIDE[name]
+    model, inputs = zoo.build(name)
+    change(model, inputs)
+    plain, spy = run(model, inputs), Spy(shuffle=True)
+    handle = accelerate(model, spy)
+    assert torch.equal(run(model, inputs), plain)
+    assert [note for note in handle.record.notes if reason in note] and not any(s.ordered for s, _ in spy.seen)
+
+
+def test_rotary_tables_that_the_caller_brings_are_his():
+    model, inputs = zoo.build("cogvideox15")
+    brought = inputs["image_rotary_emb"]
+    before = [table.clone() for table in brought]
+    plain, spy = run(model, inputs), Spy(shuffle=True)
+    accelerate(model, spy)
+    with torch.no_grad():  # by position too
+        by_position = model(
+            *(inputs.get(name) for name in list(inspect.signature(model.forward).parameters)[:6]), return_dict=False
+        )
+    torch.testing.assert_close(by_position[0], plain, **TOLERANCE)
+    assert all(torch.equal(a, b) for a, b in zip(brought, before, strict=True)) and spy.seen[0][0].ordered
