@@ -17,7 +17,7 @@ test-matrix: $(STAMP)  ## every host with every method under every condition
 
 test-gpu:  ## in the environment of $(PYTHON), which needs torch for the GPU, triton, safetensors and pytest
 	PYTHONPATH=. $(PYTHON) -m pytest tests/kernels/test_block_sparse_gpu.py tests/kernels/test_hopper_gpu.py tests/kernels/test_gated_linear_gpu.py \
-		tests/kernels/test_selection_gpu.py tests/kernels/test_card_laws_gpu.py tests/pipelines/test_replay_gpu.py -m gpu
+		tests/kernels/test_selection_gpu.py tests/kernels/test_token_mixing_gpu.py tests/kernels/test_query_key_gpu.py tests/kernels/test_card_laws_gpu.py tests/pipelines/test_replay_gpu.py -m gpu
 
 bench:  ## on an NVIDIA GPU; writes benchmarks/results
 	PYTHONPATH=. $(PYTHON) -m foveal.pipelines.bench kernels
