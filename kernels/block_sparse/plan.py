@@ -144,13 +144,14 @@ class BlockPlan:
             object.__setattr__(self, "max_kv_len", int(self.kv_len.max()) if self.kv_len.numel() else 0)
         if self.covers is None:
             object.__setattr__(self, "covers", bool((self.q_len.sum(-1) == self.q_positions).all()))
+        if self.kv_stride < 0 or self.tiled is None:
+            self._measure_spacing()
+
+    def _measure_spacing(self) -> None:
         steps = torch.arange(self.n_kv_blocks, device=self.kv_start.device) * self.max_kv_len
         if self.kv_stride < 0:
-            object.__setattr__(
-                self,
-                "kv_stride",
-                self.max_kv_len if self.n_kv_blocks > 1 and bool((self.kv_start == steps).all()) else 0,
-            )
+            spaced = self.n_kv_blocks > 1 and bool((self.kv_start == steps).all())
+            object.__setattr__(self, "kv_stride", self.max_kv_len if spaced else 0)
         if self.tiled is None:
             filled = self.kv_len == (self.kv_positions - steps).clamp(max=self.max_kv_len)
             object.__setattr__(self, "tiled", self.kv_stride > 0 and bool(filled.all()))

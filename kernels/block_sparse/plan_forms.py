@@ -57,16 +57,20 @@ def row_facts(plan: BlockPlan) -> Tensor:
     The block, its start and length, its full and all entries, whether it is dense (then these are all blocks), and in two words where
     its list begins in ``index``.
     """
-    dense = counting.dense_row_mask(plan)
     which = torch.arange(plan.n_q_blocks, dtype=torch.int32, device=plan.device)
-    entries = [torch.where(dense, plan.n_kv_blocks, x) for x in (plan.n_full, plan.count)]
-    width = plan.index.shape[-1]
-    lists = torch.arange(plan.index.shape[:3].numel(), device=plan.device).view(plan.index.shape[:3]) * width
+    entries, dense = [plan.n_full, plan.count], torch.zeros_like(which)
+    if plan.dense_rows:
+        mask = counting.dense_row_mask(plan)
+        entries, dense = [torch.where(mask, plan.n_kv_blocks, x) for x in entries], mask.int()
+    rows = plan.index.shape[:3]
+    lists = torch.arange(rows.numel(), device=plan.device).view(rows) * plan.index.shape[-1]
     words = lists.view(torch.int32).unflatten(-1, (-1, 2)).unbind(-1)
-    table = torch.stack(torch.broadcast_tensors(which, plan.q_start, plan.q_len, *entries, dense.int(), *words), -1)
-    order = launch_order(plan).long()
-    shape = torch.broadcast_shapes(table.shape[:3], order.shape)
-    return table.expand(*shape, 8).gather(2, order.expand(shape)[..., None].expand(*shape, 8))
+    table = torch.stack(torch.broadcast_tensors(which, plan.q_start, plan.q_len, *entries, dense, *words), -1)
+    if plan.spread == 0:
+        return table
+    order = launch_order(plan).long()[..., None]
+    shape = torch.broadcast_shapes(table.shape[:3], order.shape[:3])
+    return table.expand(*shape, 8).gather(2, order.expand(*shape, 8))
 
 
 def listed_words(plan: BlockPlan) -> Tensor:

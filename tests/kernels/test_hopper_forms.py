@@ -10,9 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from foveal.kernels.block_sparse import BlockPlan, Box, block_sparse_attention, choose, needs
-from foveal.kernels.block_sparse.plan_forms import fields, packed_box
+from foveal.kernels.block_sparse import BlockPlan, Box, PlanError, block_sparse_attention, choose, needs
+from foveal.kernels.block_sparse.hopper_call import programs_for
+from foveal.kernels.block_sparse.plan_forms import cell_width, cells, fields, packed_box, row_facts
 from foveal.kernels.block_sparse.tiles import fill, hopper_keys, row_table
+from foveal.plugins.layout import Layout
+from foveal.plugins.methods.neighborhood import Neighborhood
+from foveal.plugins.site import Site, Span
 
 
 def plan_of(box: Box | None = None, n: int = 40, m: int = 40, length: int = 8) -> BlockPlan:
@@ -45,6 +49,64 @@ def test_coordinates_that_need_more_than_32_bits_are_refused():
     coord = torch.full((3, 40), 2000, dtype=torch.int16)
     box = Box(coord, coord + 1, coord)
     assert fields(box) is None and packed_box(plan_of(box)) is None
+
+
+def windows(tile: tuple[int, int, int], grid: tuple[int, int, int] = (4, 8, 12)) -> BlockPlan:
+    n = grid[0] * grid[1] * grid[2]
+    site = Site(role="self", name="test", layer=0, layers=1, grid=grid, visual=Span(0, n), ordered=True)
+    return Neighborhood(window=(3, 5, 5), tile=tile).static_plan(Layout.of(site)).plan
+
+
+@pytest.mark.parametrize("tile, width", [((2, 4, 4), 16), ((4, 8, 3), 16), ((4, 8, 4), 16), ((1, 8, 12), 32)])
+def test_a_mask_as_a_product_says_what_the_box_says(tile: tuple[int, int, int], width: int):
+    plan = windows(tile)
+    assert plan.box is not None and cell_width(plan, 128) == width
+    form = cells(plan, 128)
+    axes, offsets = form.dims.long()
+    low, high = form.low[axes].mT - offsets, form.high[axes].mT - offsets
+    for c in range(plan.n_kv_blocks):
+        start, length = int(plan.kv_start[0, 0, c]), int(plan.kv_len[0, 0, c])
+        hidden = 1.0 - ((form.origin[c] >= low) & (form.origin[c] < high)).float()
+        seen = hidden @ form.hot.float().mT == 0
+        coord = plan.box.coord[:, None, start : start + length]
+        inside = ((plan.box.low[..., None] <= coord) & (coord < plan.box.high[..., None])).all(0)
+        assert torch.equal(seen[:, :length], inside) and not seen[:, length:].any()
+
+
+def test_tiles_that_differ_are_no_product():
+    plan = windows((3, 4, 4))
+    assert plan.box is not None and plan.box.cell is None and cell_width(plan, 128) == 0 and hopper_keys(plan) == 64
+
+
+def test_a_cell_that_does_not_describe_the_keys_is_refused():
+    plan = windows((2, 4, 4))
+    assert plan.box is not None and plan.box.cell is not None
+    wrong = dataclasses.replace(plan.box, cell=tuple(axis[::-1] for axis in plan.box.cell))
+    with pytest.raises(PlanError, match=r"box\.cell"):
+        dataclasses.replace(plan, box=wrong, trusted=False)
+    assert plan.with_kv_len(plan.kv_len[0, 0]).box.cell is None
+
+
+def test_row_facts_are_those_of_the_plan_longest_list_first():
+    plan = dataclasses.replace(
+        plan_of(),
+        spread=None,
+        count=torch.tensor([1, 5, 2, 4, 3]),
+        n_full=torch.tensor([1, 5, 2, 4, 3]),
+        dense_rows=((2, 3),),
+    )
+    facts = row_facts(plan)[0, 0]
+    assert facts[:, 0].tolist() == [1, 2, 3, 4, 0]
+    for r, start, length, full, every, dense, *words in facts.tolist():
+        assert (start, length) == (int(plan.q_start[0, 0, r]), int(plan.q_len[0, 0, r]))
+        assert full == every == (5 if r == 2 else int(plan.count[0, 0, r])) and dense == (r == 2)
+        assert words == [r * plan.index.shape[-1], 0]
+
+
+def test_equal_lists_keep_programs_and_unequal_ones_start_one_an_item():
+    assert programs_for(100, None, 132) == 100
+    assert programs_for(3072, 0.0, 132) == 132
+    assert programs_for(3072, 1.0, 132) == 3072 and programs_for(3072, None, 132) == 3072
 
 
 VIEWS = {
