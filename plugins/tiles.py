@@ -22,6 +22,7 @@ KNOWN = {
     (21, 45, 80): (3, 5, 8),
     (21, 30, 52): (3, 5, 4),
 }
+SMALL = 2048  # tokens of a grid that does not fill a GPU's tiles
 LONGEST = 32  # tokens of a tile along one axis
 
 
@@ -57,7 +58,7 @@ def auto_tile(window: Window, block: int) -> tuple[int, ...]:
     """The tile of block / 2 to 2 * block tokens for which queries visit fewest tokens; among near equals the most compact.
 
     Visits multiply over axes, so each axis is measured once. A block costs as much as 4 more keys would, a visit with a pair mask a
-    quarter more than one without, and kernels take the queries of a tile by 128 and its keys by 64.
+    quarter more than one without, and kernels take the queries of a tile by 128 and its keys by 64 (small grids, which fill no GPU, aside).
     """
     shares = [_shares(window, axis) for axis in range(len(window.grid))]
     sizes = np.stack(np.meshgrid(*[np.arange(1, len(s) + 1) for s in shares], indexing="ij"), -1).reshape(
@@ -68,7 +69,12 @@ def auto_tile(window: Window, block: int) -> tuple[int, ...]:
     fits = (volume >= min(block // 2, most)) & (volume <= 2 * block)
     sizes, volume = sizes[fits], volume[fits]
     visited, full, tiles = (np.prod([s[sizes[:, a] - 1, i] for a, s in enumerate(shares)], axis=0) for i in range(3))
-    taken = (tiles / math.prod(window.grid)) ** 2 * (-(-volume // 128) * 128.0) * (-(-volume // 64) * 64.0)
+    tokens = math.prod(window.grid)
+    taken = (
+        tiles**2 * (-(-volume // 128) * 128.0) * (-(-volume // 64) * 64.0) / tokens**2
+        if tokens >= SMALL
+        else 1 + 12 / volume
+    )
     cost = (visited + 0.25 * (visited - full)) * (1 + 4 / volume) * taken
     near = cost <= 1.03 * cost.min()
     sizes = sizes[near]
