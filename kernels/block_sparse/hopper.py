@@ -31,8 +31,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from foveal.kernels.block_sparse.hopper_steps import (
-    LN2,
-    LOG2E,
     LOWEST,
     NOTHING,
     ROWS,
@@ -42,6 +40,7 @@ from foveal.kernels.block_sparse.hopper_steps import (
     cell_bounds,
     cell_hidden,
     cell_origin,
+    finish,
     item_at,
     keys_left,
     meet,
@@ -49,8 +48,8 @@ from foveal.kernels.block_sparse.hopper_steps import (
     rows_of,
     scores,
     this_program,
-    wide,
 )
+from foveal.kernels.block_sparse.hopper_tiles import careful_step, step
 
 
 @gluon.jit
@@ -331,148 +330,6 @@ def walk(
         meet()
         mbarrier.arrive(v_free.index(last), count=1)
     return acc, peak, mass
-
-
-@gluon.jit
-def step(
-    acc, weights, peak, mass, left, hidden, mine, ring, hot_s, tile, scale, s_lay: gl.constexpr, ST: gl.constexpr, BN: gl.constexpr,
-    SHORT: gl.constexpr, CELLS: gl.constexpr,
-):  # fmt: skip
-    """Tile ``tile`` of the ring: its Q K^T and softmax beside P V of the tile before.
-
-    SHORT: only ``left`` of its keys count. CELLS: ``hidden`` [64, CELLS] times the cells' one-hot factor is the mask.
-    """
-    o_lay: gl.constexpr = acc.type.layout
-    k_s, v_s, k_full, k_free, v_full, v_free, q_full, q_free = ring
-    slot = tile % ST
-    last = (tile - 1) % ST
-    none = gl.zeros([ROWS, BN], gl.float32, s_lay)
-    mbarrier.wait(k_full.index(slot), (tile // ST) & 1)
-    flying = warpgroup_mma(mine, k_s.index(slot).permute((1, 0)), none, use_acc=False, is_async=True)
-    if CELLS:
-        flying = warpgroup_mma(hidden, hot_s.permute((1, 0)), flying, is_async=True)
-    mbarrier.wait(v_full.index(last), ((tile - 1) // ST) & 1)
-    gathering = warpgroup_mma(weights, v_s.index(last), acc, is_async=True)
-    s = warpgroup_mma_wait(1, deps=(flying,))
-    meet()
-    mbarrier.arrive(k_free.index(slot), count=1)
-    if SHORT:
-        s = gl.where(gl.expand_dims(gl.arange(0, BN, gl.SliceLayout(0, s_lay)) < left, 0), s, NOTHING)
-    p, peak, mass, keep = absorb_plain(s, peak, mass, scale)
-    p = gl.convert_layout(p.to(k_s.dtype), gl.DotOperandLayout(0, o_lay, 2))
-    acc = warpgroup_mma_wait(0, deps=(gathering,))
-    meet()
-    mbarrier.arrive(v_free.index(last), count=1)
-    acc = acc * gl.expand_dims(gl.convert_layout(keep, gl.SliceLayout(1, o_lay)), 1)
-    return acc, p, peak, mass
-
-
-@gluon.jit
-def careful_step(
-    acc, weights, peak, mass, i, done, mine, ring, lists, sizes, hides, rows, row_ok, scale, s_lay: gl.constexpr,
-    ST: gl.constexpr, BN: gl.constexpr, UNIFORM: gl.constexpr, TILED: gl.constexpr, EVEN: gl.constexpr, PARTIAL: gl.constexpr,
-    BOX: gl.constexpr, BITS: gl.constexpr, BLOCK_BIAS: gl.constexpr, KEY_BIAS: gl.constexpr, BESIDE: gl.constexpr,
-):  # fmt: skip
-    """The same for tile i of a list with biases and masks. They need registers: unless BESIDE, P V is waited for first, and only the
-    other consumer overlaps."""
-    o_lay: gl.constexpr = acc.type.layout
-    k_s, v_s, k_full, k_free, v_full, v_free, q_full, q_free = ring
-    slot = (done + i) % ST
-    last = (done + i - 1) % ST
-    none = gl.zeros([ROWS, BN], gl.float32, s_lay)
-    mbarrier.wait(k_full.index(slot), ((done + i) // ST) & 1)
-    flying = warpgroup_mma(mine, k_s.index(slot).permute((1, 0)), none, use_acc=False, is_async=True)
-    mbarrier.wait(v_full.index(last), ((done + i - 1) // ST) & 1)
-    gathering = warpgroup_mma(weights, v_s.index(last), acc, is_async=True)
-    if BESIDE:
-        s = warpgroup_mma_wait(1, deps=(flying,))
-    else:
-        s, acc = warpgroup_mma_wait(0, deps=(flying, gathering))
-    meet()
-    mbarrier.arrive(k_free.index(slot), count=1)
-    if not BESIDE:
-        mbarrier.arrive(v_free.index(last), count=1)
-    s = scores(
-        s,
-        i,
-        lists,
-        sizes,
-        hides,
-        rows,
-        row_ok,
-        scale,
-        s_lay,
-        BN,
-        UNIFORM,
-        TILED,
-        EVEN,
-        PARTIAL,
-        BOX,
-        BITS,
-        BLOCK_BIAS,
-        KEY_BIAS,
-    )
-    p, peak, mass, keep = absorb(s, peak, mass)
-    weights = gl.convert_layout(p.to(k_s.dtype), gl.DotOperandLayout(0, o_lay, 2))
-    if BESIDE:
-        acc = warpgroup_mma_wait(0, deps=(gathering,))
-        meet()
-        mbarrier.arrive(v_free.index(last), count=1)
-    acc = acc * gl.expand_dims(gl.convert_layout(keep, gl.SliceLayout(1, o_lay)), 1)
-    return acc, weights, peak, mass
-
-
-@gluon.jit
-def finish(
-    b, h, first, start, length, acc, peak, mass, o_s, work, query, init, output,
-    WHO: gl.constexpr, D: gl.constexpr, DP: gl.constexpr, Q_ORDER: gl.constexpr, HAS_INIT: gl.constexpr, NEED_LSE: gl.constexpr,
-):  # fmt: skip
-    """Merge with what earlier calls left, divide by the mass and store, through shared memory, so that rows leave in pieces of 16 bytes."""
-    o_lay: gl.constexpr = acc.type.layout
-    o_row: gl.constexpr = gl.SliceLayout(1, o_lay)
-    s_row: gl.constexpr = peak.type.layout
-    across: gl.constexpr = DP // 8
-    io: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
-    QOrder, qo_b, qo_h = query[5], query[6], query[7]
-    Out, Lse, o_b, o_h, o_n, o_d, N = output
-    InitOut, InitLse, i_b, i_h, i_n, i_d = init
-    b64, h64 = b.to(gl.int64), h.to(gl.int64)
-    order = QOrder + b64 * qo_b + h64 * qo_h
-    line = (b64 * work[7] + h64) * N
-    local = first + WHO * ROWS + gl.arange(0, ROWS, s_row)
-    dims = gl.arange(0, DP, gl.SliceLayout(0, io))
-    local_io = first + WHO * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, io))
-    if HAS_INIT:
-        token = rows_of(order, start, local, local < length, Q_ORDER)
-        before = gl.load(InitLse + line + token, mask=(local < length) & (token >= 0), other=-float("inf")) * LOG2E
-        top = gl.maximum(peak, before)
-        own = gl.exp2(peak - top)
-        old_mass = gl.exp2(before - top)
-        mass = mass * own + old_mass
-        peak = top
-        to = rows_of(order, start, local_io, local_io < length, Q_ORDER)
-        held = gl.expand_dims((local_io < length) & (to >= 0), 1) & gl.expand_dims(dims < D, 0)
-        was = gl.expand_dims(to.to(gl.int64) * wide(i_n), 1) + gl.expand_dims(dims * i_d, 0)
-        old = gl.load(InitOut + b64 * wide(i_b) + h64 * wide(i_h) + was, mask=held, other=0.0)
-        old = gl.convert_layout(old, o_lay).to(gl.float32)
-        seen = gl.expand_dims(gl.convert_layout(old_mass, o_row), 1)
-        acc = acc * gl.expand_dims(gl.convert_layout(own, o_row), 1) + gl.where(seen > 0, old * seen, 0.0)
-    empty = peak <= LOWEST
-    share = gl.where(empty, 0.0, 1.0 / gl.where(empty, 1.0, mass))
-    acc = acc * gl.expand_dims(gl.convert_layout(share, o_row), 1)
-    staged = o_s.index(WHO)
-    meet()  # the last item's rows have left
-    staged.store(acc.to(o_s.dtype))
-    meet()
-    to = rows_of(order, start, local_io, local_io < length, Q_ORDER)
-    at = gl.expand_dims(to.to(gl.int64) * wide(o_n), 1) + gl.expand_dims(dims * o_d, 0)
-    held = gl.expand_dims((local_io < length) & (to >= 0), 1) & gl.expand_dims(dims < D, 0)
-    gl.store(Out + b64 * wide(o_b) + h64 * wide(o_h) + at, staged.load(io), mask=held)
-    if NEED_LSE:
-        row_ok = local < length
-        token = rows_of(order, start, local, row_ok, Q_ORDER)
-        lse = gl.where(empty, -float("inf"), peak * LN2 + gl.log(gl.where(empty, 1.0, mass)))
-        gl.store(Lse + line + token, lse, mask=row_ok & (token >= 0))
 
 
 # Not specialised: integers that change with length or plan, so that a new resolution compiles nothing.

@@ -87,7 +87,7 @@ def _processors(device: int) -> int:
 def programs_for(items: int, spread: float | None, processors: int) -> int:
     """One program on every multiprocessor, which takes every n-th item; or one an item, where that would leave some with much more work.
 
-    Staying saves a start per item (3 to 9 % of the time with 116 to 16 tiles an item; H100), but shares work out in advance. Sums of
+    Staying saves a start per item, but shares work out in advance. Sums of
     items / processors lengths differ by about 2.5 standard deviations between the luckiest and the unluckiest.
     """
     if items <= processors:

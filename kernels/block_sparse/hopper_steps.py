@@ -1,4 +1,4 @@
-"""Steps of the Hopper kernel: what an item is, where a tile lies, scores with biases and masks, and the online softmax.
+"""Steps of the Hopper kernel: what an item is, where a tile lies, scores with biases and masks, the online softmax, and how an item ends.
 
 Letters as in hopper.py.
 """
@@ -215,3 +215,56 @@ def wide(stride):
         return stride.to(gl.uint32).to(gl.uint64).to(gl.int64)
     else:
         return stride
+
+
+@gluon.jit
+def finish(
+    b, h, first, start, length, acc, peak, mass, o_s, work, query, init, output,
+    WHO: gl.constexpr, D: gl.constexpr, DP: gl.constexpr, Q_ORDER: gl.constexpr, HAS_INIT: gl.constexpr, NEED_LSE: gl.constexpr,
+):  # fmt: skip
+    """Merge with what earlier calls left, divide by the mass and store, through shared memory, so that rows leave in pieces of 16 bytes."""
+    o_lay: gl.constexpr = acc.type.layout
+    o_row: gl.constexpr = gl.SliceLayout(1, o_lay)
+    s_row: gl.constexpr = peak.type.layout
+    across: gl.constexpr = DP // 8
+    io: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
+    QOrder, qo_b, qo_h = query[5], query[6], query[7]
+    Out, Lse, o_b, o_h, o_n, o_d, N = output
+    InitOut, InitLse, i_b, i_h, i_n, i_d = init
+    b64, h64 = b.to(gl.int64), h.to(gl.int64)
+    order = QOrder + b64 * qo_b + h64 * qo_h
+    line = (b64 * work[7] + h64) * N
+    local = first + WHO * ROWS + gl.arange(0, ROWS, s_row)
+    dims = gl.arange(0, DP, gl.SliceLayout(0, io))
+    local_io = first + WHO * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, io))
+    if HAS_INIT:
+        token = rows_of(order, start, local, local < length, Q_ORDER)
+        before = gl.load(InitLse + line + token, mask=(local < length) & (token >= 0), other=-float("inf")) * LOG2E
+        top = gl.maximum(peak, before)
+        own = gl.exp2(peak - top)
+        old_mass = gl.exp2(before - top)
+        mass = mass * own + old_mass
+        peak = top
+        to = rows_of(order, start, local_io, local_io < length, Q_ORDER)
+        held = gl.expand_dims((local_io < length) & (to >= 0), 1) & gl.expand_dims(dims < D, 0)
+        was = gl.expand_dims(to.to(gl.int64) * wide(i_n), 1) + gl.expand_dims(dims * i_d, 0)
+        old = gl.load(InitOut + b64 * wide(i_b) + h64 * wide(i_h) + was, mask=held, other=0.0)
+        old = gl.convert_layout(old, o_lay).to(gl.float32)
+        seen = gl.expand_dims(gl.convert_layout(old_mass, o_row), 1)
+        acc = acc * gl.expand_dims(gl.convert_layout(own, o_row), 1) + gl.where(seen > 0, old * seen, 0.0)
+    empty = peak <= LOWEST
+    share = gl.where(empty, 0.0, 1.0 / gl.where(empty, 1.0, mass))
+    acc = acc * gl.expand_dims(gl.convert_layout(share, o_row), 1)
+    staged = o_s.index(WHO)
+    meet()  # the last item's rows have left
+    staged.store(acc.to(o_s.dtype))
+    meet()
+    to = rows_of(order, start, local_io, local_io < length, Q_ORDER)
+    at = gl.expand_dims(to.to(gl.int64) * wide(o_n), 1) + gl.expand_dims(dims * o_d, 0)
+    held = gl.expand_dims((local_io < length) & (to >= 0), 1) & gl.expand_dims(dims < D, 0)
+    gl.store(Out + b64 * wide(o_b) + h64 * wide(o_h) + at, staged.load(io), mask=held)
+    if NEED_LSE:
+        row_ok = local < length
+        token = rows_of(order, start, local, row_ok, Q_ORDER)
+        lse = gl.where(empty, -float("inf"), peak * LN2 + gl.log(gl.where(empty, 1.0, mass)))
+        gl.store(Lse + line + token, lse, mask=row_ok & (token >= 0))
