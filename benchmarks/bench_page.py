@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from demo_page import demo
-from records import Record, head, ms, record_of, shape, table, times
+from records import Record, head, ms, record_of, shape, source, table, times
 from vision_page import backbones, plain_linear, training_proof, vision
 
 ATTENTION = ("dense_fwd", "block_sparse_fwd")
@@ -169,11 +169,29 @@ def peak_memory(record: Record) -> str:
     return f"## Peak memory\n\n{head(record)}\n\n{note}\n\n{table(columns, rows)}"
 
 
+def sanitizer(record: Record) -> str:
+    """What compute-sanitizer found."""
+    rows = [
+        [
+            r["tool"], ", ".join(r["groups"]), str(r["cases"]), "unknown" if r["errors"] is None else str(r["errors"]),
+            "-" if r.get("roles") is None else str(r["roles"]), ", ".join(r["failed"]) or "none",
+        ]
+        for r in record["rows"]
+    ]  # fmt: skip
+    columns = ("tool", "kernels", "calls", "errors", "reports about roles", "calls that failed")
+    note = (
+        "Small random calls of every kernel. racecheck sees the shared memory that threads read and write, not what the copy engine and the tensor cores "
+        "do there; its reports about the byte through which Triton hands out the roles of warps, ordered by a barrier that it does not follow, are counted apart."
+    )
+    return f"## Memory and races\n\n{source(record)}.\n\n{note}\n\n{table(columns, rows)}"
+
+
 TABLES = {
     "layers": layers,
     "kernels": kernels,
     "static_methods": static_methods,
     "peak_memory": peak_memory,
+    "sanitizer": sanitizer,
     "backbones": backbones,
     "vision": vision,
     "training_proof": training_proof,
