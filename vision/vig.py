@@ -12,16 +12,15 @@ from typing import Any, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, LayerNorm2d, register_notrace_module
+from timm.layers import LayerNorm2d, register_notrace_module
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from foveal.kernels.token_mixing import add_rms_norm, gated_mlp, rms_norm, swiglu, takes_gated_mlp
-from foveal.kernels.token_mixing.dispatch import product_dtype
 from foveal.kernels.token_mixing.stem import patch_conv, takes_patch_conv
 from foveal.vision.head import check_head
+from foveal.vision.vig_block import Block
 from foveal.vision.vig_checkpoint import checkpoint_filter_fn
 from foveal.vision.vig_mixer import BidirectionalMixer, RMSNorm, untouched
 from foveal.vision.vig_position import resample
@@ -58,52 +57,6 @@ class PatchEmbed(nn.Module):
         if untouched(conv) and takes_patch_conv(x, *weights):
             return self.proj[4](self.proj[3](patch_conv(x, *weights, 8, 1, norm.eps)))
         return self.proj(x)
-
-
-class GatedMlp(nn.Module):
-    """SwiGLU: [a, b] = gate_proj(x), down_proj(silu(a) b)."""
-
-    def __init__(self, dim: int, device: Any = None, dtype: Any = None):
-        super().__init__()
-        hidden = 256 * -(-(8 * dim // 3) // 256)
-        self.gate_proj = nn.Linear(dim, 2 * hidden, bias=False, device=device, dtype=dtype)
-        self.down_proj = nn.Linear(hidden, dim, bias=False, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x)))
-
-    def weights(self) -> tuple[Tensor, Tensor] | None:
-        """Both, unless they or this module do more than they say."""
-        if self._forward_hooks or self._forward_pre_hooks or not untouched(self.gate_proj, self.down_proj):
-            return None
-        return self.gate_proj.weight, self.down_proj.weight
-
-
-@register_notrace_module
-class Block(nn.Module):
-    """x + mixer(norm(x)), then + mlp(norm(.)). Norms and sums are made in one pass; without gradients, the whole second half is."""
-
-    def __init__(self, dim: int, num_heads: int, drop_path: float, dd: dict, **mixer: Any):
-        super().__init__()
-        self.attn_norm = RMSNorm(dim, **dd)
-        self.attn = BidirectionalMixer(dim, num_heads, **mixer, **dd)
-        self.mlp_norm = RMSNorm(dim, **dd)
-        self.mlp = GatedMlp(dim, **dd)
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-
-    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        first, second = self.attn_norm, self.mlp_norm
-        if not untouched(first, second):
-            x = x + self.drop_path(self.attn(first(x), height, width))
-            return x + self.drop_path(self.mlp(second(x)))
-        dtype = product_dtype(x)
-        y = self.attn(rms_norm(x, first.weight, first.eps, dtype=dtype), height, width)
-        if not (self.training and isinstance(self.drop_path, DropPath)):
-            weights = self.mlp.weights()
-            if weights is not None and takes_gated_mlp(x, y, second.weight, *weights):
-                return gated_mlp(x, y, second.weight, *weights, second.eps)
-        x, y = add_rms_norm(x, self.drop_path(y), second.weight, second.eps, dtype=dtype)
-        return x + self.drop_path(self.mlp(y))
 
 
 class ViG(nn.Module):

@@ -44,19 +44,20 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-PLAIN = (nn.Linear, nn.Conv2d, RMSNorm)
+PLAIN = (nn.Linear, nn.Conv2d, nn.Sequential, nn.SiLU, nn.Identity, RMSNorm)
+ONES = [(1, 1)] * 3  # stride, padding and dilation of the convolution
+
+
+def unheard(m: nn.Module) -> bool:
+    """Whether nothing listens to a module or stands in for its forward."""
+    heard = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    return not heard and "forward" not in m.__dict__
 
 
 def untouched(*layers: nn.Module) -> bool:
     """Whether layers are just these and nothing listens to them, so that their weights say all that they do."""
-    for m in layers:
-        if (
-            type(m) not in PLAIN
-            or m._forward_hooks
-            or m._forward_pre_hooks
-            or m._backward_hooks
-            or m._backward_pre_hooks
-        ):
+    for m in layers:  # noqa: SIM110  (a generator takes longer)
+        if type(m) not in PLAIN or not unheard(m):
             return False
     return True
 
@@ -105,6 +106,27 @@ class BidirectionalMixer(nn.Module):
     def __prepare_scriptable__(self) -> None:
         raise RuntimeError(NOT_SCRIPTABLE)
 
+    def layers(self) -> tuple[nn.Module, ...] | None:
+        """Convolution, both of gk_proj, qkv_proj, g_proj, o_proj, l_norm, g_norm; None where their weights do not say all that this does."""
+        m: dict[str, Any] = self._modules  # a look there takes a tenth of the time that an attribute takes
+        in_proj, gk_proj, act = m["in_proj"], m["gk_proj"], m["out_act"]
+        if type(self) is not BidirectionalMixer or not unheard(self) or not untouched(in_proj, gk_proj, act):
+            return None
+        first, second = tuple(in_proj._modules.values()), tuple(gk_proj._modules.values())
+        rest = m["qkv_proj"], m["g_proj"], m["o_proj"], m["l_norm"], m["g_norm"]
+        if (
+            len(first) != 2
+            or not untouched(*first, *second, *rest)
+            or [first[0].stride, first[0].padding, first[0].dilation] != ONES
+        ):
+            return None
+        return first[0], *second, *rest
+
+    def scale(self) -> float:
+        """Of the attention: that of its keys, and the mean over directions."""
+        mean = 0.25 if self.eval_half and not self.training else 0.5
+        return mean * (self.key_width // self.num_heads) ** -0.5
+
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         n = x.shape[1]
         if height * width != n:
@@ -114,10 +136,7 @@ class BidirectionalMixer(nn.Module):
         local = self._local(x, height, width)
         q, k, v, logits, narrow, bias = self._project(local)
         gates = (self._heads(t) for t in self._log_gates(narrow).chunk(2, -1))
-        mean = 0.25 if self.eval_half and not self.training else 0.5
-        seen = bidirectional_gated_linear_attention(
-            *(self._heads(t) for t in (q, k, v)), *gates, scale=mean * (self.key_width // self.num_heads) ** -0.5
-        )
+        seen = bidirectional_gated_linear_attention(*(self._heads(t) for t in (q, k, v)), *gates, scale=self.scale())
         y = mix_branches(
             local, seen, logits, self.l_norm.weight, self.g_norm.weight, bias=bias, local_eps=self.l_norm.eps, seen_eps=self.g_norm.eps,
             silu=isinstance(self.out_act, nn.SiLU),
@@ -126,7 +145,7 @@ class BidirectionalMixer(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, N, H * d] -> [B, H, N, d], a view."""
-        return x.view(x.shape[0], x.shape[1], self.num_heads, -1).transpose(1, 2)
+        return x.view(x.shape[0], x.shape[1], self.num_heads, x.shape[2] // self.num_heads).transpose(1, 2)
 
     def _local(self, x: Tensor, height: int, width: int) -> Tensor:
         conv, act = cast(nn.Conv2d, self.in_proj[0]), self.in_proj[1]

@@ -18,7 +18,7 @@ from foveal.kernels.block_sparse.compiling import CAPABILITIES, assembled
 from foveal.kernels.token_mixing import convolution, gating, mixing, mlp, norm, stem
 from foveal.kernels.token_mixing.launching import Form
 
-LARGE = (90, 100)  # chips with the shared memory that the whole MLP takes
+LARGE = (90, 100)  # chips that take the kernel of narrow blocks
 FP32 = ("Sums", "BiasSums")
 REAL = ("eps", "l_eps", "s_eps", "inverse")
 
@@ -56,7 +56,7 @@ def forms(width: int) -> dict[str, Form]:
         "log_gates, gradient": gating._gates_form(16, width, True, True, False),
         "swiglu": gating._swiglu_form(hidden, False),
         "swiglu, gradient": gating._swiglu_form(hidden, True),
-        "gated_mlp": mlp.form(width, hidden),
+        "mix_and_mlp": mlp.form(width, hidden, 64, True),
         "patch_conv": stem._form(3, 9, 8, 1, width // 2, False),
     }
 
@@ -92,7 +92,7 @@ def main(quick: bool = False) -> list[Usage]:
     found = []
     for capability in (90,) if quick else CAPABILITIES:
         for name, form in forms(192).items():
-            if name == "gated_mlp" and capability not in LARGE:
+            if name == "mix_and_mlp" and capability not in LARGE:
                 continue
             found.append(compile_form(capability, name, form, "bf16"))
             print(json.dumps(dataclasses.asdict(found[-1])), flush=True)

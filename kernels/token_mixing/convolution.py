@@ -92,6 +92,14 @@ def _convolved(
     return y
 
 
+def convolve_into(y: Tensor, x: Tensor, weight: Tensor, height: int, width: int, silu: bool) -> None:
+    """y = act(x * weight), all contiguous; no check is made."""
+    b, n, d = x.shape
+    programs = b * ceil(height, ROWS) * ceil(width, COLUMNS) * ceil(d, CHANNELS)
+    form = _form(d, weight.shape[-1], silu, False, False, False)
+    form(programs, (x, weight, weight, x, y), (n * d, d), (height, width))
+
+
 @functools.lru_cache(maxsize=256)
 def _gradient_form(d: int, size: int, bias: bool) -> Form:
     from foveal.kernels.token_mixing.convolution_kernels import weight_gradients

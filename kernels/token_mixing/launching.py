@@ -35,25 +35,27 @@ class Form:
     def __init__(self, kernel: Any, constants: dict[str, Any], **options: int) -> None:
         self.kernel, self.options = kernel, options
         self.constants = {name: constants[name] for name in kernel.arg_names if name in constants}
+        self.values = tuple(self.constants.values())
         self.kept: dict[tuple, Any] = {}
 
     def __call__(
         self, programs: int, tensors: tuple[Tensor, ...], strides: tuple[int, ...], sizes: tuple[int, ...], floats: tuple[float, ...] = ()
     ) -> None:  # fmt: skip
-        device, pointers, steps = tensors[0].get_device(), 0, 0
-        for t in tensors:
-            pointers |= t.data_ptr()
-        for n in strides:
-            steps |= n
-        if device < 0 or (pointers | steps) & 15 or steps >= LIMIT or max(sizes) >= LIMIT:
-            return self._ask(device, programs, (*tensors, *strides, *sizes, *floats))
+        device = tensors[0].get_device()
+        pointers = [t.data_ptr() for t in tensors]
         key = (device, *[t.dtype for t in tensors])
         compiled = self.kept.get(key)
-        if compiled is None or device != torch.cuda.current_device():
-            self.kept[key] = self._ask(device, programs, (*tensors, *strides, *sizes, *floats))
-        else:
-            compiled[(programs, 1, 1)](*tensors, *strides, *sizes, *floats, *self.constants.values())
-        return None
+        if compiled is None or device != torch._C._cuda_getDevice() or not _even(pointers, strides, sizes):
+            made = self._ask(device, programs, (*tensors, *strides, *sizes, *floats))
+            if device >= 0 and _even(pointers, strides, sizes):
+                self.kept[key] = made
+            return
+        # Pointers go as integers: for a tensor, the launcher would ask the driver where it lies.
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        compiled.run(
+            programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
+            *pointers, *strides, *sizes, *floats, *self.values,
+        )  # fmt: skip
 
     def _ask(self, device: int, programs: int, args: tuple) -> Any:
         if device >= 0 and device != torch.cuda.current_device():
@@ -62,17 +64,24 @@ class Form:
         return self.kernel[(programs,)](*args, **self.constants, **self.options)
 
 
+def _even(pointers: list[int], strides: tuple[int, ...], sizes: tuple[int, ...]) -> bool:
+    """Whether the kernel that is kept was compiled for such arguments: multiples of 16 throughout, 32 bits."""
+    bits, steps = 0, 0
+    for pointer in pointers:
+        bits |= pointer
+    for n in strides:
+        steps |= n
+    return not (bits | steps) & 15 and steps < LIMIT and max(sizes) < LIMIT
+
+
 class Operator:
     """``run`` as an operator ``foveal::name``. setup and backward as ``torch.library.register_autograd`` takes them, or none."""
 
     def __init__(
         self, name: str, run: Callable, fake: Callable, setup: Callable | None = None, backward: Callable | None = None
     ) -> None:
-        self.run, self.node = run, torch.library.custom_op(f"foveal::{name}", run, mutates_args=())
-        self.node.register_fake(fake)
-        self.function: Any = None
+        self.run, self.node, self.function = run, _node(f"foveal::{name}", run, fake, setup, backward), None
         if setup is not None and backward is not None:
-            self.node.register_autograd(backward, setup_context=setup)
             self.function = _recorded(name, run, setup, backward)
 
     def __call__(self, *args: Any) -> Any:
@@ -83,6 +92,19 @@ class Operator:
                 if isinstance(a, Tensor) and a.requires_grad:
                     return self.function.apply(*args)
         return self.run(*args)
+
+
+def _node(name: str, run: Callable, fake: Callable, setup: Callable | None, backward: Callable | None) -> Any:
+    """The operator for compiled graphs. Without gradients it is registered by hand: what ``custom_op`` puts around it doubles a call's time."""
+    if setup is not None and backward is not None:
+        node = torch.library.custom_op(name, run, mutates_args=())
+        node.register_fake(fake)
+        node.register_autograd(backward, setup_context=setup)
+        return node
+    torch.library.define(name, torch.library.infer_schema(run, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(name, "default", run)
+    torch.library.register_fake(name, fake)
+    return getattr(torch.ops.foveal, name.removeprefix("foveal::")).default
 
 
 def _recorded(name: str, run: Callable, setup: Callable, backward: Callable) -> Any:

@@ -1,9 +1,9 @@
-"""A block's gated MLP in one launch, for inference: residual sum, RMS norm, SwiGLU between two projections, second residual sum.
+"""All that follows a narrow block's attention in one launch, for inference: mix of two branches, projection, residual sums, RMS norm, SwiGLU.
 
-Letters: D width, I hidden width; leading sizes are free.
+Letters: B batch, N tokens, H heads, D width, V width of a head, I hidden width.
 
-Notable choices: only for narrow tokens, whose sums fit the registers: there it moves three tensors of tokens where five kernels move
-eighteen. Wider ones go through separate products.
+Notable choices: only for narrow tokens, whose sums fit the registers: five tensors of tokens pass memory, and nothing between.
+Wider ones go through separate products.
 """
 
 from __future__ import annotations
@@ -11,17 +11,15 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from foveal.kernels.token_mixing import dispatch, reference
-from foveal.kernels.token_mixing.launching import Form, Operator, ceil
+from foveal.kernels.token_mixing import dispatch
+from foveal.kernels.token_mixing.launching import Form, ceil
 
 WIDEST = 192
-CHIPS = (9, 10)  # major compute capabilities with more than 160 KB of shared memory for a program
-HALF = (torch.float16, torch.bfloat16)
-# Of ten tiles the fastest on an H100: 147 us for 65,536 tokens of 192 channels in bf16, where the separate kernels take 235.
-TILE: dict[str, Any] = {"BT": 128, "BI": 32, "STAGES": 3, "PRODUCT": "ieee", "num_warps": 8, "num_stages": 3}
+CHIPS = (9, 10)  # major compute capabilities with enough shared memory for two programs at a time
+# Of nine tiles the fastest on an H100: 163 us for 65,536 tokens of 192 channels in bf16, where separate kernels take 198 (with the MLP in one).
+TILE: dict[str, Any] = {"BT": 64, "BI": 16, "STAGES": 4, "PRODUCT": "ieee", "num_warps": 4, "num_stages": 4}
 
 
 def parts(width: int) -> tuple[int, int] | None:
@@ -30,68 +28,34 @@ def parts(width: int) -> tuple[int, int] | None:
     return (first, width - first) if width in (first, first + first // 2) else None
 
 
-def takes_gated_mlp(x: Tensor, added: Tensor, *weights: Tensor) -> bool:
-    """Whether the one launch is made for these: no gradients, one half precision throughout, narrow tokens, a chip with the memory.
-
-    weights: of the norm, the gate projection [2 I, D] and the projection down [D, I].
-    """
-    if x.dtype not in HALF or not x.is_cuda or not dispatch.INSTALLED or dispatch.learns(x, added, *weights):
+def fits(x: Tensor, head: int, hidden: int) -> bool:
+    """Whether x [B, N, D] is narrow enough, in parts, heads and hidden channels that products take, and on a chip with the memory."""
+    found = parts(x.shape[-1])
+    if found is None or x.shape[-1] > WIDEST or found[0] < 16 or 0 < found[1] < 16 or hidden % TILE["BI"]:
         return False
-    if any(t.dtype != x.dtype for t in (added, *weights)) or _misfit(x.shape[-1], weights[-1].shape[-1]):
-        return False
-    return dispatch.capability(x)[0] in CHIPS
-
-
-def _misfit(width: int, hidden: int) -> str | None:
-    found = parts(width)
-    if found is None or width > WIDEST or found[0] < 16 or 0 < found[1] < 16:
-        return f"D is {width}; it must be 2^n or 3 * 2^n, 16 to {WIDEST}, in parts of at least 16"
-    return f"I is {hidden}; it must be a multiple of {TILE['BI']}" if hidden % TILE["BI"] else None
-
-
-def gated_mlp(
-    x: Tensor, added: Tensor, norm: Tensor, gate_weight: Tensor, down_weight: Tensor, eps: float = 1e-6, *, implementation: str | None = None
-) -> Tensor:  # fmt: skip
-    """s = x + added; s + (silu(a) * b) down_weight^T, [a, b] = rms_norm(s, norm) gate_weight^T.
-
-    x, added [.., D]; norm [D]; gate_weight [2 I, D]; down_weight [D, I]. -> [.., D] in x's dtype. Where ``takes_gated_mlp`` says no, the same
-    is computed step by step, and differentiable. ValueError where the one launch is asked for by name and cannot be made.
-    """
-    tensors = (x, added, norm, gate_weight, down_weight)
-    if implementation is None and not takes_gated_mlp(*tensors):
-        return reference.gated_mlp(*tensors, eps)
-    if implementation is not None:
-        if not dispatch.fused(implementation, *tensors):
-            return reference.gated_mlp(*tensors, eps)
-        why = "gradients are wanted" if dispatch.learns(*tensors) else _misfit(x.shape[-1], down_weight.shape[-1])
-        if why:
-            raise ValueError(f"the triton implementation cannot take this call: {why}; leave implementation out.")
-    return _operator(*tensors, eps)
+    return head >= 16 and head & (head - 1) == 0 and (not x.is_cuda or dispatch.capability(x)[0] in CHIPS)
 
 
 @functools.lru_cache(maxsize=256)
-def form(width: int, hidden: int) -> Form:
-    from foveal.kernels.token_mixing.mlp_kernel import gated_mlp_forward
+def form(width: int, hidden: int, head: int, silu: bool) -> Form:
+    from foveal.kernels.token_mixing.mlp_kernel import mix_and_mlp
 
     tile = dict(TILE)
     options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
     d0, d1 = parts(width) or (0, 0)
-    return Form(gated_mlp_forward, {"D0": d0, "D1": d1, "I": hidden} | tile, **options)
+    return Form(mix_and_mlp, {"D0": d0, "D1": d1, "I": hidden, "V": head, "SILU": silu} | tile, **options)
 
 
-def _run(x: Tensor, added: Tensor, norm: Tensor, gate_weight: Tensor, down_weight: Tensor, eps: float) -> Tensor:
-    x, added = x.contiguous(), added.contiguous()
-    y = torch.empty_like(x)
-    count = x.numel() // x.shape[-1]
-    if count:
-        chosen = form(x.shape[-1], down_weight.shape[-1])
-        tensors = (x, added, norm, gate_weight.contiguous(), down_weight.contiguous(), y)
-        chosen(ceil(count, chosen.constants["BT"]), tensors, (), (count,), (eps,))
-    return y
+def mix_and_mlp_into(
+    y: Tensor, x: Tensor, local: Tensor, seen: Tensor, logits: Tensor, bias: Tensor, local_weight: Tensor, seen_weight: Tensor,
+    out_weight: Tensor, norm: Tensor, up: Tensor, down: Tensor, local_eps: float, seen_eps: float, eps: float, silu: bool,
+) -> None:  # fmt: skip
+    """s = x + ``mix_branches(local, seen, logits, ..)`` out_weight^T; y = s + (silu(a) * b) down^T, [a, b] = rms_norm(s, norm) up^T.
 
-
-def _fake(x: Tensor, added: Tensor, norm: Tensor, gate_weight: Tensor, down_weight: Tensor, eps: float) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-_operator = Operator("gated_mlp", _run, _fake)
+    y, x, local [B, N, D], seen [B, N, H, V], out_weight [D, D], up [2 I, D] and down [D, I] contiguous, logits [B, N, D] with even rows: where
+    ``fits`` says so, without a check.
+    """
+    b, n, d = x.shape
+    made = form(d, down.shape[-1], seen.shape[-1], silu)
+    tensors = (x, local, seen, logits, bias, local_weight, seen_weight, out_weight, norm, up, down, y)
+    made(ceil(b * n, TILE["BT"]), tensors, (logits.stride(1),), (b * n,), (local_eps, seen_eps, eps))

@@ -94,6 +94,13 @@ def _launch(x: Tensor, added: Tensor | None, total: Tensor, y: Tensor, weight: T
         )
 
 
+def norm_into(y: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+    """y = norm(x), both contiguous; no check is made."""
+    count, d = x.numel() // x.shape[-1], x.shape[-1]
+    form = _form(d, False)
+    form(ceil(count, form.constants["ROWS"]), (x, x, weight, y, y), (d, d), (count,), (eps,))
+
+
 def _run(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     _launch(x, None, y, y, weight, eps)

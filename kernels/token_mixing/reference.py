@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foveal.kernels.gated_linear.chunked import chunked
+from foveal.kernels.token_mixing.block_parts import BlockSettings, BlockWeights
 from foveal.kernels.token_mixing.dispatch import wide
 
 
@@ -53,3 +55,16 @@ def swiglu(joint: Tensor) -> Tensor:
 def gated_mlp(x: Tensor, added: Tensor, norm: Tensor, gate_weight: Tensor, down_weight: Tensor, eps: float) -> Tensor:
     s = x + added
     return s + F.linear(swiglu(F.linear(rms_norm(s, norm, eps, s.dtype), gate_weight)), down_weight)
+
+
+def gated_block(x: Tensor, w: BlockWeights, s: BlockSettings) -> Tensor:
+    d = x.shape[2]
+    local = rms_norm(x, w.attn_norm, s.attn_eps, x.dtype)
+    local = depthwise_conv(local, (s.height, s.width), w.conv, None, s.conv_silu, x.dtype)
+    logs = log_gates(F.linear(local, w.narrow), w.gates, w.gate_bias, s.temper)
+    parts = *F.linear(local, w.qkv).split((d // 2, d // 2, d), -1), *logs.chunk(2, -1)
+    q, k, v, *gates = (part.unflatten(2, (s.heads, -1)).transpose(1, 2) for part in parts)
+    seen, _ = chunked(q, k, v, gates[0], gates[1], s.scale, None)
+    logits = F.linear(local, w.mix)
+    y = mix_branches(local, seen, logits, w.mix_bias, w.local_norm, w.seen_norm, s.local_eps, s.seen_eps, s.out_silu)
+    return gated_mlp(x, F.linear(y, w.out), w.mlp_norm, w.up, w.down, s.mlp_eps)

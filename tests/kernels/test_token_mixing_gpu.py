@@ -7,15 +7,16 @@ from torch import Tensor
 from foveal.kernels.token_mixing import (
     add_rms_norm,
     depthwise_conv,
-    gated_mlp,
     log_gates,
     mix_branches,
     patch_conv,
+    reference,
     rms_norm,
     swiglu,
-    takes_gated_mlp,
     takes_patch_conv,
 )
+from foveal.kernels.token_mixing.block import gated_block, takes_gated_block
+from foveal.kernels.token_mixing.block_parts import BlockSettings, BlockWeights, shapes
 
 pytestmark = pytest.mark.gpu
 
@@ -89,23 +90,6 @@ def test_gates(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("width", [32, 96, 128, 192])
-def test_the_whole_mlp(dtype, width):
-    hidden = 32 * -(-(8 * width // 3) // 32)
-    leaves = [
-        draw(3, 197, width),
-        draw(3, 197, width, seed=1),
-        draw(width),
-        draw(2 * hidden, width) / width**0.5,
-        draw(width, hidden) / hidden**0.5,
-    ]
-    own = [x.to(dtype) for x in leaves]
-    assert takes_gated_mlp(*own) and not takes_gated_mlp(*(x.requires_grad_() for x in [t.clone() for t in own]))
-    want = gated_mlp(*(x.double() for x in own), implementation="torch")
-    assert (gated_mlp(*own).double() - want).norm() / want.norm() < BOUND[dtype]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("size", [(224, 224), (75, 61)], ids=["224x224", "odd"])
 def test_the_stem(dtype, size):
     image, norm = draw(2, 3, *size).to(dtype), [draw(96).to(dtype), draw(96, seed=1).to(dtype)]
@@ -115,3 +99,48 @@ def test_the_stem(dtype, size):
     got = patch_conv(image, *weights, 8, 1)
     assert (got.double() - want).norm() / want.norm() < BOUND[dtype]
     assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+BLOCKS = pytest.mark.parametrize(
+    ("width", "heads"), [(32, 2), (96, 3), (128, 2), (192, 3), (384, 6)], ids=["32", "96", "128", "192", "384"]
+)
+
+
+def block_of(width: int, heads: int, height: int, across: int) -> tuple[Tensor, BlockWeights, BlockSettings]:
+    sizes = shapes(width, heads, 16, 8 * width // 3)
+    weights = [
+        1 + 0.3 * draw(*s, seed=i) if len(s) == 1 else draw(*s, seed=i) / s[1:].numel() ** 0.5
+        for i, s in enumerate(map(torch.Size, sizes))
+    ]
+    settings = BlockSettings(height, across, heads, 0.1, 16.0, 1e-6, 1e-6, 1e-5, 1e-6, True, True)
+    return draw(3, height * across, width), BlockWeights(*weights), settings
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@BLOCKS
+def test_the_whole_block(dtype, width, heads):
+    x, weights, settings = block_of(width, heads, 9, 23)
+    x, weights = x.to(dtype), BlockWeights(*(w.to(dtype) for w in weights))
+    assert takes_gated_block(x, weights, heads)
+    want = reference.gated_block(x.double(), BlockWeights(*(w.double() for w in weights)), settings)
+    for _ in range(2):  # compiled, then kept
+        got = gated_block(x, weights, settings)
+        assert (got.double() - want).norm() / want.norm() < 2 * BOUND[dtype]
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+@BLOCKS
+def test_the_whole_block_with_gradients(autocast, width, heads):
+    x, weights, settings = block_of(width, heads, 9, 23)
+    results = []
+    for kind in (torch.float32, torch.float64):
+        own = [t.to(kind).requires_grad_() for t in (x, *weights)]
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast and kind == torch.float32):
+            whole = takes_gated_block(own[0], BlockWeights(*own[1:]), heads)
+            call = gated_block if whole else reference.gated_block
+            y = call(own[0], BlockWeights(*own[1:]), settings)
+        assert whole == (kind == torch.float32)
+        results.append([y, *torch.autograd.grad((y.double() * draw(*y.shape, seed=9)).sum(), own)])
+    for i, (got, want) in enumerate(zip(*results, strict=True)):
+        error = (got.detach().double() - want.detach()).norm() / want.detach().norm()
+        assert error < (3e-2 if autocast else 2e-3), f"result {i}: {error:.2e}"
