@@ -15,14 +15,13 @@ Notable choices
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from foveal.kernels.gated_linear.plain import NORMALISATIONS, linear_attention, with_last
+from foveal.kernels.gated_linear.plain import NORMALISATIONS, projected_linear_attention, with_last
 from foveal.kernels.token_mixing import depthwise_conv
 
 KERNEL = 5
@@ -82,26 +81,29 @@ class LinearAttention(nn.Module):
             )
         if attn_mask is not None:
             key_mask = _keys_of(attn_mask, x)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x)
         key_gate, value_gate = self._gates(x)
         local = None if self.dw_conv is None else self._local(x)
         kind = x.device.type
-        cast = kind != "meta" and torch.is_autocast_enabled(kind)
-        with torch.autocast(kind, enabled=False) if cast else nullcontext():
-            out = self._attend(q, k, v, key_gate, value_gate, key_mask, local).transpose(1, 2).flatten(2)
-        return self.proj_drop(self.proj(out))
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                out = self._attend(qkv, key_gate, value_gate, key_mask, local)
+        else:
+            out = self._attend(qkv, key_gate, value_gate, key_mask, local)
+        out = self.proj(out)
+        return self.proj_drop(out) if self.training else out
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, key_gate: Tensor | None, value_gate: Tensor | None, key_mask: Tensor | None,
-        local: Tensor | None,
+        self, qkv: Tensor, key_gate: Tensor | None, value_gate: Tensor | None, key_mask: Tensor | None, local: Tensor | None
     ) -> Tensor:  # fmt: skip
+        """qkv [B, N, 3 D], local [B, n, D] -> [B, N, D]"""
         if key_mask is not None:
             seen = key_mask[:, None, :, None].float()
             if self.normalisation == "subtraction":
-                return with_last(_subtraction(q, k, v, key_gate, value_gate, seen), local)
+                return _subtraction(qkv, self.num_heads, key_gate, value_gate, seen, local)
             key_gate = seen if key_gate is None else key_gate * seen
-        return linear_attention(
-            q, k, v, normalisation=self.normalisation, key_gate=key_gate, value_gate=value_gate, added=local, eps=self.eps,
+        return projected_linear_attention(
+            qkv, self.num_heads, normalisation=self.normalisation, key_gate=key_gate, value_gate=value_gate, added=local, eps=self.eps,
             implementation=self.implementation,
         )  # fmt: skip
 
@@ -113,25 +115,25 @@ class LinearAttention(nn.Module):
             both = (F.logsigmoid(self.gates(x).float()) / FADE).exp().transpose(1, 2)[..., None]
             key, value = both.chunk(2, 1)
             return key, value
-        if x.shape[1] != self.key_scale.shape[2]:
+        scale = self.key_scale
+        if x.shape[1] != scale.shape[2]:
             raise ValueError(
-                f"the gates are made for {self.key_scale.shape[2]} tokens and the input has {x.shape[1]}; for another grid call "
+                f"the gates are made for {scale.shape[2]} tokens and the input has {x.shape[1]}; for another grid call "
                 "resize_gates_(grid) on the model, and fine-tune it."
             )
-        return self.key_scale.exp() if self.gate == "exp" else self.key_scale, self.value_scale
+        return scale.exp() if self.gate == "exp" else scale, self.value_scale
 
     def _local(self, x: Tensor) -> Tensor:
-        """The convolution of the image tokens, [B, H, n, d]"""
-        assert self.dw_conv is not None
-        image = x[:, self.prefix :]
-        side = math.isqrt(image.shape[1])
-        if side * side != image.shape[1] or not side:
+        """The convolution of the image tokens, [B, n, D]"""
+        conv, n = self.dw_conv, x.shape[1] - self.prefix
+        assert conv is not None
+        side = math.isqrt(max(n, 0))
+        if side * side != n or not side:
             raise ValueError(
-                f"{x.shape[1]} tokens without {self.prefix} of the prefix are {image.shape[1]}, which form no square grid; the "
+                f"{x.shape[1]} tokens without {self.prefix} of the prefix are {n}, which form no square grid; the "
                 "convolution needs all tokens of an image."
             )
-        out = depthwise_conv(image, (side, side), self.dw_conv.weight, self.dw_conv.bias)
-        return out.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        return depthwise_conv(x.narrow(1, self.prefix, n), (side, side), conv.weight, conv.bias)
 
     @torch.no_grad()
     def resize_gates_(self, grid: int) -> None:
@@ -161,9 +163,10 @@ def resized_gates(gates: Tensor, grid: int) -> Tensor:
 
 
 def _subtraction(
-    q: Tensor, k: Tensor, v: Tensor, key_gate: Tensor | None, value_gate: Tensor | None, seen: Tensor
+    qkv: Tensor, heads: int, key_gate: Tensor | None, value_gate: Tensor | None, seen: Tensor, local: Tensor | None
 ) -> Tensor:
     """Subtraction over the tokens that are seen, [B, 1, N, 1] of 0 and 1: means are theirs."""
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     scale, dtype = q.shape[-1] ** -0.5, torch.promote_types(q.dtype, torch.float32)
     share = seen.to(dtype) / seen.sum(2, keepdim=True).clamp_min(1)
     wide = [x.to(dtype) for x in (q.relu(), k.relu(), v)]
@@ -171,7 +174,12 @@ def _subtraction(
     values = wide[2] if value_gate is None else wide[2] * value_gate
     mean_key, mean_value = (keys * share).sum(2, keepdim=True), (values * share).sum(2, keepdim=True)
     pairs = (keys * share).mT @ values
-    return (scale * (wide[0] @ pairs) + (1 - scale * (wide[0] @ mean_key.mT)) * mean_value).to(v.dtype)
+    out = (scale * (wide[0] @ pairs) + (1 - scale * (wide[0] @ mean_key.mT)) * mean_value).to(v.dtype)
+    return (
+        with_last(out, None if local is None else local.unflatten(-1, (heads, -1)).transpose(1, 2))
+        .transpose(1, 2)
+        .flatten(2)
+    )
 
 
 def _keys_of(mask: Tensor, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from foveal.kernels.block_sparse.compiling import CAPABILITIES, assembled
-from foveal.kernels.gated_linear.plain_call import JOINED, query_shape, shape_of
+from foveal.kernels.gated_linear.plain_call import JOINED, query_shape, shape_of, sum_shape
 from foveal.kernels.gated_linear.plain_gradients import key_gradients, query_gradients
 from foveal.kernels.gated_linear.plain_kernels import attend, join_parts, token_sums
 from foveal.kernels.gated_linear.portable import chunk_outputs, chunk_states
@@ -145,7 +146,8 @@ def _gated(variant: Variant, tile: Tile | None) -> Settings:
 
 def _plain(variant: Variant) -> Settings:
     dtype = DTYPES[variant.dtype]
-    shape = (query_shape if variant.kernel == "attend" else shape_of)(variant.keys, variant.values, dtype)
+    of: Any = {"attend": query_shape, "tokens": functools.partial(sum_shape, means=True)}.get(variant.kernel, shape_of)
+    shape = of(variant.keys, variant.values, dtype)
     constants = JOINED if variant.kernel == "join" else shape.switches(variant.keys, variant.values, dtype)
     options = {name: constants[name] for name in ("num_warps", "num_stages")}
     switches = dict.fromkeys(("HAS_KG", "HAS_VG", "WEIGHTED", "MEANS", "DIVIDE", "HAS_ADDED"), True) | {

@@ -14,11 +14,14 @@ by the Triton implementation; the key gate enters the denominator, the value gat
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from foveal.kernels.gated_linear.checks import check_tensors
 from foveal.kernels.gated_linear.needs import choose
+from foveal.kernels.gated_linear.plain_repeat import kept
 from foveal.kernels.gated_linear.reference import wide
 
 NORMALISATIONS = ("division", "subtraction")
@@ -40,13 +43,57 @@ def linear_attention(
 
     -> out [B, H, N, V] with v's dtype. Differentiable in all tensors. Raises ValueError or TypeError in one sentence.
     """
+    found = kept((q, k, v, key_gate, value_gate, added), normalisation, eps, scale, implementation)
+    if found is not None and found[0]:
+        (steps, *_), addresses = found
+        out = torch.empty_like(v)
+        steps(out, *addresses)
+        return out
+    out, steps = _first(q, k, v, key_gate, value_gate, added, normalisation, eps, scale, implementation)
+    if found is not None and steps is not None:
+        found[0].append(steps)
+    return out
+
+
+def projected_linear_attention(
+    qkv: Tensor, heads: int, *, normalisation: str = "division", key_gate: Tensor | None = None, value_gate: Tensor | None = None,
+    added: Tensor | None = None, eps: float = 1e-6, implementation: str | None = None,
+) -> Tensor:  # fmt: skip
+    """``linear_attention`` of one projection's output, without a view of its parts.
+
+    qkv     [B, N, 3 H d]: queries, keys and values of all heads, one after the other
+    added   [B, n, H d], added to the outputs of the last n tokens;  all else as in ``linear_attention``
+
+    -> [B, N, H d], contiguous
+    """
+    found = kept((qkv, key_gate, value_gate, added), heads, normalisation, eps, implementation)
+    if found is not None and found[0]:
+        (steps, *_), (at, *others) = found
+        b, n, width = qkv.shape
+        out = qkv.new_empty((b, n, width // 3))
+        part = width // 3 * qkv.element_size()
+        steps(out, at, at + part, at + 2 * part, *others)
+        return out
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    added = None if added is None else added.unflatten(-1, (heads, -1)).transpose(1, 2)
+    out, steps = _first(q, k, v, key_gate, value_gate, added, normalisation, eps, None, implementation)
+    if found is not None and steps is not None and out.transpose(1, 2).is_contiguous():
+        found[0].append(steps)
+    return out.transpose(1, 2).flatten(2)
+
+
+def _first(
+    q: Tensor, k: Tensor, v: Tensor, key_gate: Tensor | None, value_gate: Tensor | None, added: Tensor | None, normalisation: str, eps: float,
+    scale: float | None, implementation: str | None,
+) -> tuple[Tensor, Any]:  # fmt: skip
+    """-> out, and what takes the same steps for other tensors of this kind, or None"""
     check_tensors("linear_attention", q, k, v)
     if normalisation not in NORMALISATIONS:
         raise ValueError(f"there is no normalisation {normalisation!r}; choose one of {', '.join(NORMALISATIONS)}.")
     kg, vg = _gate("key_gate", key_gate, q), _gate("value_gate", value_gate, q)
     _check_added(added, v)
     if q.numel() == 0 or v.numel() == 0:
-        return with_last(torch.zeros_like(v), added)
+        return with_last(torch.zeros_like(v), added), None
     name = choose(q, v, implementation).name
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if name == "triton":
@@ -54,7 +101,7 @@ def linear_attention(
 
         return fused(q, k, v, kg, vg, added, normalisation == "division", factor, eps)
     rule = every_pair if name == "reference" else summed
-    return with_last(rule(q, k, v, kg, vg, normalisation == "division", factor, eps), added)
+    return with_last(rule(q, k, v, kg, vg, normalisation == "division", factor, eps), added), None
 
 
 def _check_added(added: Tensor | None, v: Tensor) -> None:

@@ -53,39 +53,45 @@ def token_sums(
 
     WEIGHTED (the backward, of queries and the output's gradients): keys and values are summed with weights of their own, KW and VW
     [B, H, N], and ungated. KIND: what products are taken in.
+
+    Both gates of a product go with its key, which passes registers anyway: values go to the product as they were loaded. Keys and values are
+    summed tile on tile, and across threads once, after the last: a sum of each tile made the loop twice as long.
     """
     bh, heads = tl.program_id(0), tl.num_programs(0)
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     dims, wide, rows = tl.arange(0, KP), tl.program_id(2) * BV + tl.arange(0, BV), tl.arange(0, BN)
     pairs = tl.zeros([KP, BV], tl.float32)
-    keys, values = tl.zeros([KP], tl.float32), tl.zeros([BV], tl.float32)
+    keys, values = tl.zeros([BN, KP], tl.float32), tl.zeros([BN, BV], tl.float32)
     start = tl.program_id(1) * PER
     for at in tl.range(start, tl.minimum(start + PER, N), BN):
         ok = rows < N - at
         first = tl.full([], 0, tl.int64) + at
         k = feature(tile_of(K, b, h, first, rows, ok, dims, k_b, k_h, k_n, k_d, DK, ALIGN), ok, dims, eps, DK)
-        v = tile_of(V, b, h, first, rows, ok, wide, v_b, v_h, v_n, v_d, DV, ALIGN).to(tl.float32)
-        gated = v
+        v = tile_of(V, b, h, first, rows, ok, wide, v_b, v_h, v_n, v_d, DV, ALIGN)
         if HAS_KG:
             k *= weight_of(KG + b * kg_b + h * kg_h + first * kg_n, rows, kg_n, ok)
+        both = k
         if HAS_VG:
-            gated = v * weight_of(VG + b * vg_b + h * vg_h + first * vg_n, rows, vg_n, ok)
-        pairs = tl.dot(tl.trans(k.to(KIND)), gated.to(KIND), pairs, input_precision=PRODUCT)
+            value_gate = weight_of(VG + b * vg_b + h * vg_h + first * vg_n, rows, vg_n, ok)
+            both = k * value_gate
+        pairs = tl.dot(tl.trans(both.to(KIND)), v.to(KIND), pairs, input_precision=PRODUCT)
         if WEIGHTED:
-            keys += tl.sum(k * weight_of(KW + bh.to(tl.int64) * N + first, rows, 1, ok), 0)
+            keys += k * weight_of(KW + bh.to(tl.int64) * N + first, rows, 1, ok)
             if MEANS:
-                values += tl.sum(v * weight_of(VW + bh.to(tl.int64) * N + first, rows, 1, ok), 0)
+                values += v.to(tl.float32) * weight_of(VW + bh.to(tl.int64) * N + first, rows, 1, ok)
         else:
-            keys += tl.sum(k, 0)
+            keys += k
             if MEANS:
-                values += tl.sum(gated, 0)
+                values += v.to(tl.float32) * value_gate if HAS_VG else v.to(tl.float32)
     part = tl.program_id(1).to(tl.int64) * size
     inside = (dims < DK)[:, None] & (wide < DV)[None, :]
     place = Pairs + part + bh.to(tl.int64) * (DK * DV) + dims[:, None] * DV + wide[None, :]
     tl.store(place, (pairs * inverse).to(Pairs.dtype.element_ty), mask=inside)
-    tl.store(Means + part + skip + bh * DK + dims, keys * inverse, mask=(dims < DK) & (tl.program_id(2) == 0))
+    tl.store(
+        Means + part + skip + bh * DK + dims, tl.sum(keys, 0) * inverse, mask=(dims < DK) & (tl.program_id(2) == 0)
+    )
     if MEANS:
-        tl.store(Means + part + skip + heads * DK + bh * DV + wide, values * inverse, mask=wide < DV)
+        tl.store(Means + part + skip + heads * DK + bh * DV + wide, tl.sum(values, 0) * inverse, mask=wide < DV)
 
 
 @triton.jit(do_not_specialize=("P", "size", "pairs", "inverse"))

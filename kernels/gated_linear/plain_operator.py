@@ -15,13 +15,14 @@ from foveal.kernels.gated_linear.plain_gradients import key_gradients, query_gra
 def fused(
     q: Tensor, k: Tensor, v: Tensor, key_gate: Tensor | None, value_gate: Tensor | None, added: Tensor | None, divide: bool, scale: float,
     eps: float,
-) -> Tensor:  # fmt: skip
-    """Without gradients and compilers the operator is passed by."""
+) -> tuple[Tensor, plain_call.Steps | None]:  # fmt: skip
+    """-> out, and what gives it again. Without gradients and compilers the operator is passed by."""
     inputs = (q, k, v, key_gate, value_gate, added)
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     if learns or torch.compiler.is_compiling():
-        return _operator(*inputs, divide, scale, eps)[0]
-    return plain_call.forward(*inputs, divide, scale, eps)[0]
+        return _operator(*inputs, divide, scale, eps)[0], None
+    out = plain_call.forward(*inputs, divide, scale, eps)[0]
+    return out, plain_call.steps_of(*inputs, out, divide, scale, eps)
 
 
 @torch.library.custom_op("foveal::linear_attention", mutates_args=())

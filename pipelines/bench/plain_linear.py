@@ -4,7 +4,8 @@ Letters: B batch, H heads, N tokens, D head dim.
 
 Notable choices
 - "pytorch" is the rule as one would write it, two matrix products in the tensors' own dtype; "pytorch compiled" is the same through
-  torch.compile. ``against_compiled`` is the time of the compiled one over the row's, of the same kind (graph or not).
+  torch.compile. ``against_compiled`` is the time of the compiled one over the row's, of the same kind (graph or not); ``goal`` is what it
+  should reach at least, and what is hoped for.
 - Rows named "graph" replay a CUDA graph: the device's time alone.
 - The baseline is softmax attention over the same tensors, as for gated linear attention.
 - ``useful_tb_per_s`` counts q, k, v and out once each, forward alone.
@@ -32,6 +33,7 @@ from foveal.pipelines.bench.sparse import draw
 Call = Callable[[], Any]
 PYTORCH, COMPILED = "pytorch", "pytorch compiled"
 EPS = 1e-6
+GOAL = (1.3, 2.0)  # of ``against_compiled``, forward
 
 
 def two_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -72,6 +74,7 @@ def plain_rows(case: PlainCase, how: How) -> Rows:
     for name in calls:
         op = "dense" if competitors.is_sdpa(name) else "linear"
         more = facts | {"rel_l2": error_of(name, calls, timed, [q, k, v], case.training)} | beside(name, timed)
+        more["goal"] = GOAL if name.startswith("triton") and not case.training else None
         if name in timed.timings and not case.training:
             more["useful_tb_per_s"] = 4 * q.numel() * q.element_size() / (1e9 * timed.timings[name].ms)
         found.append(row(case.name, op + way, name, timed, baseline, **more))

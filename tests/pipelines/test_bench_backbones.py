@@ -79,6 +79,17 @@ def test_the_faster_softmax_is_the_baseline():
     assert lina_module._better(slow, fast) == fast and lina_module._better(fast, slow) == fast
 
 
+def test_graphs_are_held_against_the_faster_softmax_in_a_graph():
+    def rows(called, replayed):
+        return [
+            {"impl": n, "ms": ms, "of": called}
+            for n, ms in (("softmax", called), ("softmax, graph", replayed), ("linear, graph", 1.0))
+        ]
+
+    found = lina_module._better(rows(2.0, 1.0), rows(1.0, 2.0))
+    assert [r["of"] for r in found] == [1.0, 2.0, 2.0]
+
+
 # ---- contestants
 def test_own_memory_counts_weights_optimiser_and_images():
     contestant = Contestant(TRAINED.entrants[0], TRAINED, ONCE)
