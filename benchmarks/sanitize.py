@@ -59,6 +59,9 @@ HOPPER: tuple[tuple[torch.dtype, int, set[str]], ...] = (
     (torch.bfloat16, 64, {"bits", "heads"}),
     (torch.bfloat16, 128, {"init", "lse"}),
     (torch.bfloat16, 72, EVERYTHING),
+    (torch.bfloat16, 128, {"even", "wide", "proxies"}),
+    (torch.bfloat16, 64, {"proxies", "variance", "lse"}),
+    (torch.bfloat16, 72, EVERYTHING | {"proxies", "variance"}),
 )
 TRITON: tuple[tuple[torch.dtype, int, set[str]], ...] = (
     (torch.bfloat16, 128, {"even", "dense", "grouped"}),

@@ -16,6 +16,7 @@ warp walk its list together.
   place along each axis, the same in all blocks, a query has a very low number where a place lies outside its window, and their product
   is added to the scores. A mask costs sixteen more columns of the product then, and next to nothing elsewhere.
 * Scores are kept in log2 units.
+* Proxies follow the tiles of an item's list through the same ring (hopper_proxies.py).
 """
 
 from __future__ import annotations
@@ -30,6 +31,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from foveal.kernels.block_sparse.hopper_proxies import (
+    attend_proxies,
+    needs_queries,
+    proxy_tiles,
+    send_proxies,
+    wide_strides,
+)
 from foveal.kernels.block_sparse.hopper_steps import (
     LOWEST,
     NOTHING,
@@ -47,6 +55,7 @@ from foveal.kernels.block_sparse.hopper_steps import (
     next_tile,
     rows_of,
     scores,
+    send_queries,
     this_program,
 )
 from foveal.kernels.block_sparse.hopper_tiles import careful_step, step
@@ -54,9 +63,9 @@ from foveal.kernels.block_sparse.hopper_tiles import careful_step, step
 
 @gluon.jit
 def producer(
-    q_desc, k_desc, v_desc, q_s, ring, items, programs, work, blocks, sizes, place,
+    q_desc, k_desc, v_desc, pk_desc, pv_desc, var_desc, q_s, ring, items, programs, work, blocks, sizes, place, proxies, proxy_place,
     ST: gl.constexpr, BN: gl.constexpr, UNIFORM: gl.constexpr, HAS_PARTIAL: gl.constexpr, HAS_DENSE: gl.constexpr,
-    Q_TMA: gl.constexpr,
+    Q_TMA: gl.constexpr, PROXIES: gl.constexpr, VAR: gl.constexpr,
 ):  # fmt: skip
     k_s, v_s, k_full, k_free, v_full, v_free, q_full, q_free = ring
     KvStart, KvLen, ks_b, ks_h, kl_b, kl_h = blocks
@@ -81,28 +90,34 @@ def producer(
             tma.async_copy_global_to_shared(k_desc, [k_row + at, k_col], k_full.index(slot), k_s.index(slot))
             if Q_TMA:
                 if i == 0:  # after the first keys, because the last item's queries may still be in use
-                    for who in gl.static_range(2):
-                        mbarrier.wait(q_free.index(who), (turn & 1) ^ 1)
-                        mbarrier.expect(q_full.index(who), q_desc.block_type.nbytes)
-                        row = b * q_row_b + h * q_row_h + start + first + who * ROWS
-                        tma.async_copy_global_to_shared(q_desc, [row, h * q_col_h], q_full.index(who), q_s.index(who))
+                    send_queries(q_desc, q_s, ring, place, b, h, start, first, turn)
             mbarrier.wait(v_free.index(slot), phase ^ 1)
             mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(v_desc, [v_row + at, v_col], v_full.index(slot), v_s.index(slot))
             listing, sub = next_tile(listing, sub, ksub)
         done += total
-        turn += (total > 0).to(gl.int32)
+        if PROXIES:
+            tiles = proxy_tiles(proxies, first, length)
+            if Q_TMA:
+                if (total == 0) & (tiles > 0):
+                    send_queries(q_desc, q_s, ring, place, b, h, start, first, turn)
+            send_proxies(pk_desc, pv_desc, var_desc, ring, proxy_place, done, tiles, b, hk, ST, BN, VAR)
+            done += tiles * (2 if VAR else 1)
+        turn += needs_queries(total, first, length, PROXIES).to(gl.int32)
 
 
 @gluon.jit
 def consumer(
-    q_s, o_s, ring, items, programs, work, blocks, sizes, masks, cells, query, init, output, scale,
+    q_s, o_s, ring, items, programs, work, blocks, sizes, masks, cells, proxies, query, init, output, scale,
     WHO: gl.constexpr, ST: gl.constexpr, D: gl.constexpr, DP: gl.constexpr, BN: gl.constexpr, UNIFORM: gl.constexpr,
     TILED: gl.constexpr, EVEN: gl.constexpr, HAS_PARTIAL: gl.constexpr, BOX: gl.constexpr, CELLS: gl.constexpr, BITS: gl.constexpr,
     BLOCK_BIAS: gl.constexpr, KEY_BIAS: gl.constexpr, HAS_DENSE: gl.constexpr, Q_ORDER: gl.constexpr, Q_TMA: gl.constexpr,
-    HAS_INIT: gl.constexpr, NEED_LSE: gl.constexpr,
+    HAS_INIT: gl.constexpr, NEED_LSE: gl.constexpr, PROXIES: gl.constexpr, VAR: gl.constexpr,
 ):  # fmt: skip
     ksub, kv_stride, PK, GROUP = sizes
+    heads = work
+    if PROXIES:
+        masks, query, output, heads = wide_strides(masks, query, output, work)
     done = 0
     turn = 0
     mine = this_program(items)
@@ -112,48 +127,32 @@ def consumer(
         acc, peak, mass = walk(
             b, h, r, first, start, length, listing, n_full, total, done, turn,
             q_s, ring, blocks, sizes, masks, cells, query, scale,
-            WHO, ST, D, DP, BN, UNIFORM, TILED, EVEN, HAS_PARTIAL, BOX, CELLS, BITS, BLOCK_BIAS, KEY_BIAS, Q_ORDER, Q_TMA,
+            WHO, ST, D, DP, BN, UNIFORM, TILED, EVEN, HAS_PARTIAL, BOX, CELLS, BITS, BLOCK_BIAS, KEY_BIAS, Q_ORDER, Q_TMA, PROXIES,
         )  # fmt: skip
         done += total
-        turn += (total > 0).to(gl.int32)
+        turn += needs_queries(total, first, length, PROXIES).to(gl.int32)
         # Looked up again, because registers are what the walk is short of, together with what the next item is.
         b, h, r, first, start, length, listing, n_full, masked = item_at(item, work, ksub, HAS_PARTIAL, HAS_DENSE)
+        if PROXIES:
+            tiles = proxy_tiles(proxies, first, length)
+            acc, peak, mass = attend_proxies(
+                acc, peak, mass, b, h, r, tiles, done, q_s.index(WHO), ring, proxies, masks, scale,
+                ST, BN, BLOCK_BIAS, VAR,
+            )  # fmt: skip
+            done += tiles * (2 if VAR else 1)
+            if Q_TMA:
+                if tiles > 0:
+                    meet()
+                    mbarrier.arrive(ring[7].index(WHO), count=1)
         later = item + programs
         b2, h2, r2, first2, start2, length2, listing2, n_full2, masked2 = item_at(
             gl.where(later < items, later, item), work, ksub, HAS_PARTIAL, HAS_DENSE
         )
         finish(
-            b,
-            h,
-            first,
-            start,
-            length,
-            acc,
-            peak,
-            mass,
-            o_s,
-            work,
-            query,
-            init,
-            output,
-            WHO,
-            D,
-            DP,
-            Q_ORDER,
-            HAS_INIT,
-            NEED_LSE,
-        )
-        b, h, r, first, start, length, listing, n_full, masked = (
-            b2,
-            h2,
-            r2,
-            first2,
-            start2,
-            length2,
-            listing2,
-            n_full2,
-            masked2,
-        )
+            b, h, first, start, length, acc, peak, mass, o_s, heads, query, init, output, WHO, D, DP, Q_ORDER, HAS_INIT, NEED_LSE
+        )  # fmt: skip
+        b, h, r, first, start = b2, h2, r2, first2, start2
+        length, listing, n_full, masked = length2, listing2, n_full2, masked2
 
 
 @gluon.jit
@@ -162,7 +161,7 @@ def walk(
     q_s, ring, blocks, sizes, masks, cells, query, scale,
     WHO: gl.constexpr, ST: gl.constexpr, D: gl.constexpr, DP: gl.constexpr, BN: gl.constexpr, UNIFORM: gl.constexpr,
     TILED: gl.constexpr, EVEN: gl.constexpr, HAS_PARTIAL: gl.constexpr, BOX: gl.constexpr, CELLS: gl.constexpr, BITS: gl.constexpr,
-    BLOCK_BIAS: gl.constexpr, KEY_BIAS: gl.constexpr, Q_ORDER: gl.constexpr, Q_TMA: gl.constexpr,
+    BLOCK_BIAS: gl.constexpr, KEY_BIAS: gl.constexpr, Q_ORDER: gl.constexpr, Q_TMA: gl.constexpr, PROXIES: gl.constexpr,
 ):  # fmt: skip
     """One item: 64 query rows over the tiles of their list. -> gathered values, peak, mass"""
     s_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
@@ -188,7 +187,7 @@ def walk(
     )  # fmt: skip
     mine = q_s.index(WHO)
     if Q_TMA:
-        if total > 0:
+        if needs_queries(total, first, length, PROXIES):
             mbarrier.wait(q_full.index(WHO), turn & 1)
     else:
         dims = gl.arange(0, DP, gl.SliceLayout(0, io))
@@ -318,7 +317,7 @@ def walk(
                     acc, weights, peak, mass, i, done, mine, ring, lists, sizes, hides, rows, row_ok, scale, s_lay,
                     ST, BN, UNIFORM, TILED, EVEN, True, BOX, BITS, BLOCK_BIAS, KEY_BIAS, False,
                 )  # fmt: skip
-    if Q_TMA:
+    if Q_TMA and not PROXIES:
         if total > 0:
             meet()
             mbarrier.arrive(q_free.index(WHO), count=1)
@@ -337,21 +336,24 @@ UNSPECIALISED = (
     "items", "programs", "H", "N", "PK", "WORDS", "GROUP", "QSUB", "ROW_ITEMS", "ksub", "kv_stride", "guard", "PQ", "scale",
     "k_row_b", "k_row_h", "k_col_h", "v_row_b", "v_row_h", "v_col_h", "q_row_b", "q_row_h", "q_col_h",
     "ks_b", "ks_h", "kl_b", "kl_h", "r_b", "r_h", "qo_b", "qo_h", "rb_b", "rb_h", "bb_b", "bb_h", "bb_r", "kb_b", "kb_h",
+    "C", "pooled", "pn_b", "pn_h", "li_b", "li_h", "pk_row_b", "pk_row_h", "pk_col_h", "pv_row_b", "pv_row_h", "pv_col_h", "var_row_b", "var_row_h",
+    "var_col_h",
 )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=UNSPECIALISED)
 def block_sparse_hopper(
-    q_desc, k_desc, v_desc, Q, Out, Lse, InitOut, InitLse,
+    q_desc, k_desc, v_desc, pk_desc, pv_desc, var_desc, Q, Out, Lse, InitOut, InitLse,
     KvStart, KvLen, Index, Rows, Every, QOrder, Low, High, Coord, Hot, Dims, RowBits, BlockBias, KeyBias,
     q_row_b, q_row_h, q_col_h, k_row_b, k_row_h, k_col_h, v_row_b, v_row_h, v_col_h,
     q_b, q_h, q_n, q_d, o_b, o_h, o_n, o_d, io_b, io_h, io_n, io_d,
     ks_b, ks_h, kl_b, kl_h, r_b, r_h, qo_b, qo_h, rb_b, rb_h, bb_b, bb_h, bb_r, kb_b, kb_h,
     scale, items, programs, H, N, PK, WORDS, GROUP, QSUB, ROW_ITEMS, ksub, kv_stride, guard, PQ,
+    ProxyN, Listed, C, pooled, pn_b, pn_h, li_b, li_h, pk_row_b, pk_row_h, pk_col_h, pv_row_b, pv_row_h, pv_col_h, var_row_b, var_row_h, var_col_h,
     D: gl.constexpr, DP: gl.constexpr, BN: gl.constexpr, ST: gl.constexpr, EVEN: gl.constexpr, UNIFORM: gl.constexpr,
     TILED: gl.constexpr, HAS_PARTIAL: gl.constexpr, BOX: gl.constexpr, CELLS: gl.constexpr, BITS: gl.constexpr, BLOCK_BIAS: gl.constexpr,
     KEY_BIAS: gl.constexpr, HAS_DENSE: gl.constexpr, Q_ORDER: gl.constexpr, Q_TMA: gl.constexpr, HAS_INIT: gl.constexpr,
-    NEED_LSE: gl.constexpr,
+    NEED_LSE: gl.constexpr, PROXIES: gl.constexpr, VAR: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = k_desc.dtype
     q_s = gl.allocate_shared_memory(dtype, [2, ROWS, DP], q_desc.layout)
@@ -394,16 +396,21 @@ def block_sparse_hopper(
     sizes = (ksub, kv_stride, PK, GROUP)
     place = (k_row_b, k_row_h, k_col_h, v_row_b, v_row_h, v_col_h, q_row_b, q_row_h, q_col_h)
     masks = (Low, High, Coord, guard, RowBits, WORDS, rb_b, rb_h, BlockBias, bb_b, bb_h, bb_r, KeyBias, kb_b, kb_h)
+    proxies = (pooled, C, ProxyN, pn_b, pn_h, Listed, li_b, li_h)
+    proxy_place = (pk_row_b, pk_row_h, pk_col_h, pv_row_b, pv_row_h, pv_col_h, var_row_b, var_row_h, var_col_h)
     query = (Q, q_b, q_h, q_n, q_d, QOrder, qo_b, qo_h)
     init = (InitOut, InitLse, io_b, io_h, io_n, io_d)
     output = (Out, Lse, o_b, o_h, o_n, o_d, N)
     gl.warp_specialize(
         [
-            (consumer, (q_s, o_s, ring, items, programs, work, blocks, sizes, masks, cells, query, init, output, scale, 0, ST, D, DP, BN, UNIFORM, TILED,
-                        EVEN, HAS_PARTIAL, BOX, CELLS, BITS, BLOCK_BIAS, KEY_BIAS, HAS_DENSE, Q_ORDER, Q_TMA, HAS_INIT, NEED_LSE)),
-            (consumer, (q_s, o_s, ring, items, programs, work, blocks, sizes, masks, cells, query, init, output, scale, 1, ST, D, DP, BN, UNIFORM, TILED,
-                        EVEN, HAS_PARTIAL, BOX, CELLS, BITS, BLOCK_BIAS, KEY_BIAS, HAS_DENSE, Q_ORDER, Q_TMA, HAS_INIT, NEED_LSE)),
-            (producer, (q_desc, k_desc, v_desc, q_s, ring, items, programs, work, blocks, sizes, place, ST, BN, UNIFORM, HAS_PARTIAL, HAS_DENSE, Q_TMA)),
+            (consumer, (q_s, o_s, ring, items, programs, work, blocks, sizes, masks, cells, proxies, query, init, output, scale, 0, ST, D, DP, BN, UNIFORM, TILED,
+                        EVEN, HAS_PARTIAL, BOX, CELLS, BITS, BLOCK_BIAS, KEY_BIAS, HAS_DENSE, Q_ORDER, Q_TMA, HAS_INIT, NEED_LSE,
+                        PROXIES, VAR)),
+            (consumer, (q_s, o_s, ring, items, programs, work, blocks, sizes, masks, cells, proxies, query, init, output, scale, 1, ST, D, DP, BN, UNIFORM, TILED,
+                        EVEN, HAS_PARTIAL, BOX, CELLS, BITS, BLOCK_BIAS, KEY_BIAS, HAS_DENSE, Q_ORDER, Q_TMA, HAS_INIT, NEED_LSE,
+                        PROXIES, VAR)),
+            (producer, (q_desc, k_desc, v_desc, pk_desc, pv_desc, var_desc, q_s, ring, items, programs, work, blocks, sizes, place, proxies,
+                        proxy_place, ST, BN, UNIFORM, HAS_PARTIAL, HAS_DENSE, Q_TMA, PROXIES, VAR)),
         ],
         [4, 1],
         [240, 24],

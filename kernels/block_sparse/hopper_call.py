@@ -23,6 +23,7 @@ from foveal.kernels.block_sparse.plan_forms import (
     derived,
     every_block,
     lead,
+    listed_words,
     packed_box,
     row_facts,
     stride_of,
@@ -34,6 +35,9 @@ RING = {(64, 64): 6, (64, 128): 4, (128, 64): 4, (128, 128): 2}  # tiles in the 
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 UNEVEN = 0.08  # share of the time that waiting for the unluckiest program may take
 ROWS = 64  # query rows of a consumer
+TABLES = 6  # of queries, keys, values, and proxies' keys, values and variances
+ABSENT = 1  # in place of a table: an argument that is 1 is compiled in, so what is not there costs nothing
+PROXY_PLACES = tuple(f"{name}_{x}" for name in ("pk", "pv", "var") for x in ("row_b", "row_h", "col_h"))
 
 
 class Rows(NamedTuple):
@@ -97,11 +101,32 @@ def programs_for(items: int, spread: float | None, processors: int) -> int:
 
 
 class Seen(NamedTuple):
-    """A kind of call that a plan has seen: q_tma, whether queries come by TMA; shapes, the tables of q (or of k for it), k and v."""
+    """A kind of call that a plan has seen: q_tma, whether queries come by TMA; shapes, the tables of q (or of k for it), k, v and proxies."""
 
     started: Started
     q_tma: bool
     shapes: tuple[tuple[list[int], list[int], list[int]], ...]
+
+
+def pooled(plan: BlockPlan, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Proxies' keys, values and variances, as far as there are any, in the keys' dtype, which tensor cores need."""
+    if plan.proxies is None or not plan.n_kv_blocks:
+        return ()
+    found = (plan.proxies.k, plan.proxies.v, plan.proxies.k_var)
+    return tuple(x.to(dtype) for x in found if x is not None)
+
+
+def proxy_arguments(plan: BlockPlan, keys: int) -> dict[str, Any]:
+    """What the kernel asks of proxies besides their tables, by name."""
+    here = plan.proxies is not None and plan.n_kv_blocks > 0
+    n = plan.proxies.n.float().contiguous() if here and plan.proxies is not None else None
+    listed = derived(plan, "listed_words", listed_words) if here else None
+    strides = zip(("pn_b", "pn_h", "li_b", "li_h"), (*lead(n), *lead(listed)), strict=True)
+    return {
+        "ProxyN": plan.index if n is None else n, "Listed": plan.index if listed is None else listed, **dict(strides),
+        "C": plan.n_kv_blocks, "pooled": -(-plan.n_kv_blocks // keys), "PROXIES": here,
+        "VAR": here and plan.proxies is not None and plan.proxies.k_var is not None,
+    }  # fmt: skip
 
 
 def plan_arguments(plan: BlockPlan, keys: int) -> PlanArguments:
@@ -130,7 +155,7 @@ def plan_arguments(plan: BlockPlan, keys: int) -> PlanArguments:
             "EVEN": tiled and plan.kv_stride % keys == 0 and plan.kv_positions % plan.kv_stride == 0,
             "UNIFORM": uniform, "TILED": tiled, "HAS_PARTIAL": plan.has_pair_masks, "BOX": plan.box is not None, "CELLS": width,
             "BITS": plan.row_bits is not None, "BLOCK_BIAS": plan.block_bias is not None, "KEY_BIAS": plan.key_bias is not None,
-            "HAS_DENSE": every is not None, "Q_ORDER": q_order is not None,
+            "HAS_DENSE": every is not None, "Q_ORDER": q_order is not None, **proxy_arguments(plan, keys),
         },
     )  # fmt: skip
 
@@ -184,9 +209,11 @@ def _launch(
     kind = (keys, scale, q.dtype, q.shape, k.shape, k.stride(), v.stride(), lse is None, before, *layout, *aligned)
     calls: dict[Any, Seen] = derived(plan, "hopper_calls", lambda _: {})
     seen = calls.get(kind)
+    proxies = pooled(plan, k.dtype)
     if seen is not None:
-        tables = [described(x, *shape) for x, shape in zip((q if seen.q_tma else k, k, v), seen.shapes, strict=True)]
-        return seen.started.again(*tables, *addresses)
+        bases = (q if seen.q_tma else k, k, v, *proxies)
+        tables = [described(x, *shape) for x, shape in zip(bases, seen.shapes, strict=True)]
+        return seen.started.again(*tables, *[ABSENT] * (TABLES - len(tables)), *addresses)
     dim = 64 if q.shape[3] <= 64 else 128
     facts = derived(plan, f"hopper_{keys}", lambda p: plan_arguments(p, keys))
     key_rows, value_rows = certain_rows(k, keys, dim), certain_rows(v, keys, dim)
@@ -194,22 +221,24 @@ def _launch(
     q_tma = query_rows is not None
     if query_rows is None:  # the descriptor then gives its layout only
         query_rows = Rows(described(key_rows.table.base, [ROWS, dim], [dim, 1], [ROWS, dim]), 0, 0, 0)
-    rows = (query_rows, key_rows, value_rows)
+    rows = (query_rows, key_rows, value_rows, *(certain_rows(x, keys, dim) for x in proxies))
+    tables = [x.table for x in rows]
+    places = [x for row in rows for x in row[1:]]
     items = facts.sizes["ROW_ITEMS"] * q.shape[0] * q.shape[1]
     programs = programs_for(items, plan.spread, _processors(q.device.index))
     started = launch(
         block_sparse_hopper,
         (programs, 1, 1),
-        [*(x.table for x in rows), *pointers],
-        [*facts.pointers, *(x for row in rows for x in row[1:]), *(x for strides in layout for x in strides), *facts.strides],
+        [*tables, *[ABSENT] * (TABLES - len(rows)), *pointers],
+        [*facts.pointers, *places[:9], *(x for strides in layout for x in strides), *facts.strides],
         {
             "scale": scale * LOG2E, "items": items, "programs": programs, "H": q.shape[1], "N": q.shape[2], **facts.sizes, "GROUP": q.shape[1] // k.shape[1],
             "D": q.shape[3], "DP": dim, "BN": keys, "ST": RING[dim, keys], "Q_TMA": q_tma, "HAS_INIT": init is not None,
-            "NEED_LSE": lse is not None, **facts.switches,
+            "NEED_LSE": lse is not None, **dict(zip(PROXY_PLACES, [*places[9:], *[0] * 9], strict=False)), **facts.switches,
         },
         {"num_warps": 4, "maxnreg": 168},
         q.device,
     )  # fmt: skip
-    if started is not None and key_rows.table.base is k and value_rows.table.base is v:
+    if started is not None and all(x.base is y for x, y in zip(tables[1:], (k, v, *proxies), strict=True)):
         shapes = tuple((x.table.shape, x.table.strides, x.table.block_shape) for x in rows)
         calls[kind] = Seen(started, q_tma, shapes)

@@ -20,6 +20,7 @@ from foveal.kernels.block_sparse.hopper_call import RING
 
 SWITCHES = (
     "Q_TMA", "EVEN", "UNIFORM", "TILED", "HAS_PARTIAL", "BOX", "CELLS", "BITS", "BLOCK_BIAS", "KEY_BIAS", "HAS_DENSE", "Q_ORDER", "HAS_INIT", "NEED_LSE",
+    "PROXIES", "VAR",
 )  # fmt: skip
 FEATURES: dict[str, set[str]] = {
     "plain": {"EVEN", "UNIFORM", "TILED", "HAS_DENSE", "Q_TMA"},
@@ -29,7 +30,11 @@ FEATURES: dict[str, set[str]] = {
     "resumed": {"UNIFORM", "TILED", "HAS_INIT", "NEED_LSE", "Q_TMA"},
     "masked": {"HAS_PARTIAL", "BOX", "UNIFORM", "TILED", "HAS_DENSE", "Q_TMA"},
     "cells": {"HAS_PARTIAL", "BOX", "CELLS", "UNIFORM", "TILED", "HAS_DENSE", "Q_TMA"},
-    "everything": set(SWITCHES) - {"EVEN", "UNIFORM", "TILED", "CELLS", "Q_TMA"},
+    "everything": set(SWITCHES) - {"EVEN", "UNIFORM", "TILED", "CELLS", "Q_TMA", "PROXIES", "VAR"},
+    "proxies": {"EVEN", "UNIFORM", "TILED", "PROXIES", "Q_TMA"},
+    "variances": {"UNIFORM", "TILED", "HAS_DENSE", "NEED_LSE", "PROXIES", "VAR", "Q_TMA"},
+    "resumed proxies": {"HAS_INIT", "NEED_LSE", "BLOCK_BIAS", "Q_ORDER", "PROXIES"},
+    "everything, variances": set(SWITCHES) - {"EVEN", "UNIFORM", "TILED", "CELLS", "Q_TMA"},
 }
 VARIANTS = (
     ("bf16", 128, 128, "plain"),
@@ -43,6 +48,12 @@ VARIANTS = (
     ("bf16", 128, 128, "cells"),
     ("bf16", 128, 64, "everything"),
     ("bf16", 64, 64, "everything"),
+    ("bf16", 128, 128, "proxies"),
+    ("bf16", 64, 128, "proxies"),
+    ("bf16", 128, 128, "variances"),
+    ("fp16", 64, 128, "variances"),
+    ("bf16", 128, 64, "resumed proxies"),
+    ("bf16", 128, 64, "everything, variances"),
 )  # dtype, head dim, keys of a tile, feature
 
 
@@ -56,7 +67,7 @@ def kind_of(name: str, dtype: str, dim: int, keys: int) -> str:
         return f"*{dtype}"
     if name == "Hot":
         return "*bf16"
-    if name in ("Lse", "InitLse", "BlockBias", "KeyBias"):
+    if name in ("Lse", "InitLse", "BlockBias", "KeyBias", "ProxyN"):
         return "*fp32"
     if name == "scale":
         return "fp32"
@@ -68,6 +79,8 @@ def compile_hopper(dtype: str, head_dim: int, keys: int, feature: str) -> Usage:
     constants: dict[str, Any] = {name: name in FEATURES[feature] for name in SWITCHES}
     constants["CELLS"] = 16 * constants["CELLS"]
     constants |= {"D": head_dim, "DP": dim, "BN": keys, "ST": RING[dim, keys], "q_d": 1, "o_d": 1, "io_d": 1}
+    absent = () if constants["VAR"] else ("var_desc",) if constants["PROXIES"] else ("pk_desc", "pv_desc", "var_desc")
+    constants |= {name: 1 for name in absent}
     names = block_sparse_hopper.arg_names
     signature = {n: "constexpr" if n in constants else kind_of(n, dtype, dim, keys) for n in names}
     wide = [i for i, n in enumerate(names) if signature[n].startswith("*") or _is_stride(n, signature[n])]

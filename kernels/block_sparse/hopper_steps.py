@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
@@ -71,6 +72,18 @@ def next_tile(listing, sub, ksub):
     """The entry and the tile in it that follow."""
     turn = sub + 1 == ksub
     return gl.where(turn, listing + 1, listing), gl.where(turn, 0, sub + 1)
+
+
+@gluon.jit
+def send_queries(q_desc, q_s, ring, place, b, h, start, first, turn):
+    """The 128 queries of an item, 64 to each consumer."""
+    q_full, q_free = ring[6], ring[7]
+    q_row_b, q_row_h, q_col_h = place[6], place[7], place[8]
+    for who in gl.static_range(2):
+        mbarrier.wait(q_free.index(who), (turn & 1) ^ 1)
+        mbarrier.expect(q_full.index(who), q_desc.block_type.nbytes)
+        row = b * q_row_b + h * q_row_h + start + first + who * ROWS
+        tma.async_copy_global_to_shared(q_desc, [row, h * q_col_h], q_full.index(who), q_s.index(who))
 
 
 @gluon.jit

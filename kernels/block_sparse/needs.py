@@ -31,7 +31,6 @@ class Needs:
     capability  lowest NVIDIA compute capability, or None
     only        the one major compute capability it is written for, or None
     multiple    head_dim must be a multiple of it
-    proxies     it takes plans with proxies
     rows        k and v must be rows of one table: [B, N, H, D] or [B, H, N, D] data, parts of fused projections too
     requires    importable package, or None
     note        one line for the support table
@@ -43,7 +42,6 @@ class Needs:
     capability: tuple[int, int] | None = None
     only: int | None = None
     multiple: int = 1
-    proxies: bool = True
     rows: bool = False
     requires: str | None = None
     note: str = ""
@@ -77,8 +75,6 @@ class Needs:
         self, q: Tensor, plan: BlockPlan, k: Tensor | None = None, v: Tensor | None = None, scale: float | None = None
     ) -> str | None:
         """Why it cannot take this plan, these keys and this scale, or None. Keys that are not given are taken as contiguous."""
-        if plan.proxies is not None and not self.proxies:
-            return "it takes no proxies"
         if not self.rows:
             return None
         if scale is not None and scale < LEAST_SCALE:
@@ -116,7 +112,7 @@ def name_of(dtype: torch.dtype) -> str:
 # In order of preference.
 IMPLEMENTATIONS: dict[str, Needs] = {
     "hopper": Needs(
-        devices=("cuda",), dtypes=HALF, head_dim=(16, 128), only=9, multiple=8, proxies=False, rows=True, requires="triton",
+        devices=("cuda",), dtypes=HALF, head_dim=(16, 128), only=9, multiple=8, rows=True, requires="triton",
         note="warp-specialised (Gluon); chosen where its 128-row tiles are well filled; backward through the torch implementation",
     ),
     "triton": Needs(

@@ -8,11 +8,13 @@ import sys
 
 import pytest
 import torch
+from plan_fuzz import Recipe, make_case
 from torch import Tensor
 
-from foveal.kernels.block_sparse import BlockPlan, Box, PlanError, block_sparse_attention, choose, needs
+from foveal.kernels.block_sparse import BlockPlan, Box, PlanError, block_sparse_attention, choose, hopper_call, needs
 from foveal.kernels.block_sparse.hopper_call import programs_for
-from foveal.kernels.block_sparse.plan_forms import cell_width, cells, fields, packed_box, row_facts
+from foveal.kernels.block_sparse.launching import facts
+from foveal.kernels.block_sparse.plan_forms import cell_width, cells, fields, lead, listed_words, packed_box, row_facts
 from foveal.kernels.block_sparse.tiles import fill, hopper_keys, row_table
 from foveal.plugins.layout import Layout
 from foveal.plugins.methods.neighborhood import Neighborhood
@@ -165,6 +167,44 @@ def test_a_graph_being_compiled_may_ask_where_keys_lie(monkeypatch):
     torch.testing.assert_close(compiled(q, k, v), call(q, k, v))
 
 
+PROXIES = {"proxies", "variance", "heads", "block_bias", "init", "order"}
+
+
+@pytest.mark.parametrize("features", [PROXIES, {"proxies"}, set()], ids=["variances", "proxies", "none"])
+def test_the_kernel_is_given_the_proxies_of_the_plan_by_name(features: set[str], monkeypatch):
+    given: dict[str, object] = {}
+
+    def launch(kernel, programs, moving, fixed, switches, options, device):
+        names = kernel.arg_names
+        by_name = names[len(moving) + len(fixed) :]
+        assert set(by_name) == set(switches)
+        args = (*moving, *fixed, *[switches[name] for name in by_name])
+        facts(kernel, args)  # what is kept under must be something for every argument
+        given.update(zip(names, args, strict=True))
+
+    monkeypatch.setattr(hopper_call, "launch", launch)
+    monkeypatch.setattr(hopper_call, "_processors", lambda _: 132)
+    case = make_case(Recipe(torch.float16, 72, frozenset(features)), 11, longest=400)
+    hopper_call.hopper_attention(case.q, case.k, case.v, case.plan, 0.5, True, case.init)
+    proxies = case.plan.proxies
+    assert given["PROXIES"] == (proxies is not None) and given["VAR"] == ("variance" in features)
+    tables = (None, None, None) if proxies is None else (proxies.k, proxies.v, proxies.k_var)
+    for name, x in zip(("pk", "pv", "var"), tables, strict=True):
+        table = given[f"{name}_desc"]
+        if x is None:
+            assert table == 1  # compiled in
+            continue
+        for b, h, c in ((0, 0, 0), (x.shape[0] - 1, 1, x.shape[2] - 1)):
+            row, col = b * given[f"{name}_row_b"] + h * given[f"{name}_row_h"] + c, h * given[f"{name}_col_h"]
+            rows = table.base.as_strided(table.shape, table.strides)
+            assert torch.equal(rows[row, col : col + 72], x[b, h, c].half())
+    if proxies is not None:
+        listed = listed_words(case.plan)
+        assert torch.equal(given["ProxyN"], proxies.n) and torch.equal(given["Listed"], listed)
+        assert (given["C"], given["pooled"]) == (proxies.n.shape[-1], 1)
+        assert (given["pn_b"], given["pn_h"], given["li_b"], given["li_h"]) == (*lead(proxies.n), *lead(listed))
+
+
 @pytest.mark.slow
 def test_shipped_variants_compile_without_spills():
     env = {
@@ -176,6 +216,7 @@ def test_shipped_variants_compile_without_spills():
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) >= 6
+    assert any("proxies" in row["feature"] for row in found)
     for row in found:
         assert row["spill"] == 0, row
         assert row["shared"] <= 227 * 1024, row

@@ -34,6 +34,16 @@ RECIPES = [
         (torch.float16, 128, {"key_bias", "order", "lse"}),
         (torch.bfloat16, 128, {"init", "lse"}),
         (torch.bfloat16, 72, {"box", "bits", "block_bias", "key_bias", "dense", "init", "lse", "order", "heads"}),
+        (torch.bfloat16, 128, {"even", "wide", "proxies"}),
+        (torch.bfloat16, 128, {"proxies", "heads", "lse"}),
+        (torch.float16, 64, {"proxies", "variance", "lse"}),
+        (torch.bfloat16, 128, {"even", "wide", "proxies", "variance", "order", "dense", "grouped"}),
+        (torch.bfloat16, 128, {"proxies", "variance", "block_bias", "init", "lse"}),
+        (
+            torch.bfloat16,
+            72,
+            {"box", "bits", "block_bias", "key_bias", "dense", "init", "lse", "order", "heads", "proxies", "variance"},
+        ),
     )
 ]
 
