@@ -20,14 +20,17 @@ from foveal.plugins.diffusers_host import private
 from foveal.plugins.diffusers_host.bound import BoundProcessor, bound_class
 from foveal.plugins.diffusers_host.composition import NO_CONTEXT_PARALLEL, OWN_WEIGHTS
 from foveal.plugins.diffusers_host.families import recognise
-from foveal.plugins.diffusers_host.layer import Layer
+from foveal.plugins.diffusers_host.layer import Layer, order_on_level
 from foveal.plugins.diffusers_host.levels import watch_levels
 from foveal.plugins.diffusers_host.order_hook import OrderHook
+from foveal.plugins.diffusers_host.order_recipes import LEVELS
 from foveal.plugins.diffusers_host.roles import MOTION, left_alone, roles_of
 from foveal.plugins.diffusers_host.root_hook import Frame, Tracker, follow
 from foveal.plugins.method import Method
+from foveal.plugins.order import Order
 from foveal.plugins.record import Record
 from foveal.plugins.running import select
+from foveal.plugins.site import Grid
 
 KEY = "_foveal"
 
@@ -80,9 +83,17 @@ class Attachment:
         self._undo += follow(self.tracker, self.model if self.compiled is None else self.compiled, self.model)
         self._bind()
         if self.known.family is not None and self.known.family.has_levels:
-            self._undo += watch_levels(self.model, [bound.layer for bound in self.bound.values()])
+            self._undo += watch_levels(self.model, [bound.layer for bound in self.bound.values()], self._order_level)
         self.model.__dict__[KEY] = self
         self._undo.append(partial(self.model.__dict__.pop, KEY, None))
+
+    def _order_level(self, level: nn.Module) -> OrderHook:
+        """A hook for one level of a UNet; it follows the switch of the whole model's."""
+
+        def order(grid: Grid) -> Order | None:
+            return order_on_level(self.method, grid) if self.order_hook.enabled and self.tracker.bound else None
+
+        return OrderHook(level, order, self.record.note, LEVELS)
 
     def _bind(self) -> None:
         label, layers = self.method.label, len(self.chosen)

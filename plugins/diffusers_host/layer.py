@@ -21,8 +21,9 @@ from foveal.plugins.clock import start_clock, stop_clock
 from foveal.plugins.diffusers_host.grid import UNKNOWN, Layout
 from foveal.plugins.diffusers_host.root_hook import Frame
 from foveal.plugins.in_graphs import ticket_of
+from foveal.plugins.layout import Layout as SequenceLayout
 from foveal.plugins.method import Method
-from foveal.plugins.order import by
+from foveal.plugins.order import Order, by
 from foveal.plugins.record import LayerRecord, Record
 from foveal.plugins.running import NOTHING_LEFT_OUT, Result, run_method
 from foveal.plugins.site import Grid, MethodError, Site, Span, State
@@ -58,6 +59,7 @@ class Layer:
     row: LayerRecord
     dense: Dense
     local: Layout | None = None  # the layout of this level of a UNet
+    local_ordered: bool = False  # the level's tokens are in the method's order
     states: dict[str | None, State] = field(default_factory=dict)
     seen: bool = False
     unfused: bool = False  # its queries and keys are left to the model until the run ends
@@ -169,8 +171,8 @@ class Layer:
         return Site(
             role=self.role, name=self.name, layer=self.index, layers=self.layers, grid=layout.grid, visual=visual,
             step=frame.step, steps=frame.steps, branch=frame.branch, text=span if text else None, valid_text=valid,
-            extra=(extra,) if layout.extra else (), scale=core.scale, ordered=core.ordered or (frame.ordered and self.local is None),
-            layer_id=self.layer_id,
+            extra=(extra,) if layout.extra else (), scale=core.scale, layer_id=self.layer_id,
+            ordered=core.ordered or (frame.ordered if self.local is None else self.local_ordered),
         )  # fmt: skip
 
 
@@ -185,6 +187,21 @@ def _text_tokens(layout: Layout, role: str, n: int) -> int | None:
 def _is_tail_padding(mask: Tensor, n: int) -> bool:
     """A key mask [B, 1, 1, N]. Its values are the text lengths that the frame knows already."""
     return mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1:] == (1, 1, n)
+
+
+def order_on_level(method: Method, grid: Grid) -> Order | None:
+    """The order of one level of a UNet; None where its settings leave nothing out there: such levels keep the plain UNet's bits."""
+    tokens = grid[0] * grid[1] * grid[2]
+    if tokens < method.min_tokens:
+        return None
+    try:
+        order, static_plan = method.order(grid), getattr(method, "static_plan", None)
+        if order is None or static_plan is None:
+            return order
+        planned = static_plan(SequenceLayout(grid, Span(0, tokens), ordered=True))  # what the level's calls will use
+    except MethodError:
+        return None
+    return None if planned.plan.pairs == tokens * tokens else order
 
 
 def run_on_level(method: Method, q: Tensor, k: Tensor, v: Tensor, site: Site, state: State) -> Result:

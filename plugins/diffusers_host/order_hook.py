@@ -1,75 +1,51 @@
 """Tokens and RoPE permuted once per model call, instead of q, k, v once per attention call.
 
-Letters: B batch, C channels, N visual tokens, D head dim.
+Letters: B batch, C channels, N visual tokens, M those with the reference or padding tokens behind them, D head dim.
 
 * Three places are touched, none of them inside a transformer block: behind the patch embedding, behind the RoPE table (or on the way
   in, where the caller brings it), before the output norm. Blocks stay as they are for compilers, caches and gradient checkpointing.
 * Everything between is per token, or attention, which does not mind the order. Where it is not (first-frame tokens replaced,
   ControlNet residuals, IP adapters), the hook stands aside, says why, and plans carry the order instead.
-* Modulation per token (Wan 2.2 TI2V) is permuted with the tokens; the output norm sees both in the model's own order.
+* Only the tokens of the grid move: text, reference pictures and padding keep their places.
+* Modulation per token (Wan 2.2 TI2V, LTX image-to-video) is permuted with the tokens; the output norm sees both in the model's order.
+* A UNet has no such places: each of its levels has (see levels.py).
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from foveal.plugins.diffusers_host.grid import Layout
+from foveal.plugins.diffusers_host.order_checks import stands_aside, visual_input
+from foveal.plugins.diffusers_host.order_recipes import RECIPES, Recipe, parts_of, recipe_of
 from foveal.plugins.diffusers_host.root_hook import Frame
 from foveal.plugins.order import Order
 from foveal.plugins.site import Grid
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Where a family of models can be permuted: module names, and the dimension of N in their tensors.
+class Rows:
+    """Where each position's token comes from, int64: of the visual tokens [M], of what starts with the text, and of the way back."""
 
-    embed       modules that make tokens; embed_grid: they give [B, C, T, H, W] instead of [B, N, C]
-    rope        the module that makes rotary tables, or None: positions are in the embedding
-    rope_dim    dimension of N in the tables
-    argument    the argument of the model that brings the tables [N, D], where no module makes them
-    with_text   what starts with the text: "rope", its tables; "embed", the tokens
-    tables      which of them are of visual tokens: "all", the "first" one, or those of their "length" (the module is called twice)
-    out         the module that sees the tokens last
-    modulation  the module that gives modulation per token, where there is one
-    """
+    visual: Tensor
+    joint: Tensor
+    back: Tensor
 
-    embed: tuple[str, ...]
-    out: str = "norm_out"
-    embed_grid: bool = False
-    rope: str | None = None
-    rope_dim: int = 0
-    argument: str | None = None
-    with_text: str | None = None
-    tables: str = "all"
-    modulation: str | None = None
-
-    @property
-    def modules(self) -> list[str]:
-        return [*self.embed, self.out, *(name for name in (self.rope, self.modulation) if name is not None)]
-
-
-WAN: dict[str, Any] = {"embed_grid": True, "rope": "rope", "rope_dim": 1}
-RECIPES = {
-    "WanTransformer3DModel": Recipe(("patch_embedding",), modulation="condition_embedder", **WAN),
-    "WanVACETransformer3DModel": Recipe(("patch_embedding", "vace_patch_embedding"), **WAN),
-    "SkyReelsV2Transformer3DModel": Recipe(("patch_embedding",), **WAN),
-    "HunyuanVideoTransformer3DModel": Recipe(("x_embedder",), rope="rope"),
-    "HunyuanVideo15Transformer3DModel": Recipe(("x_embedder",), rope="rope"),
-    "CogVideoXTransformer3DModel": Recipe(("patch_embed",), argument="image_rotary_emb", with_text="embed"),
-    "LTXVideoTransformer3DModel": Recipe(("proj_in",), rope="rope", rope_dim=1),
-    "FluxTransformer2DModel": Recipe(("x_embedder",), rope="pos_embed", with_text="rope"),
-    "Flux2Transformer2DModel": Recipe(("x_embedder",), rope="pos_embed", tables="length"),
-    "QwenImageTransformer2DModel": Recipe(("img_in",), rope="pos_embed", tables="first"),
-    "SD3Transformer2DModel": Recipe(("pos_embed",)),
-    "PixArtTransformer2DModel": Recipe(("pos_embed",)),
-}
-CONTROLNET = ("controlnet_block_samples", "controlnet_single_block_samples", "block_controlnet_hidden_states")
-KWARGS = ("joint_attention_kwargs", "attention_kwargs", "cross_attention_kwargs")
+    @staticmethod
+    def of(order: Order, layout: Layout, out_text: bool) -> Rows:
+        """out_text: the output norm sees the text behind the visual tokens."""
+        text, tokens = layout.text or 0, layout.visual + layout.extra
+        place = torch.arange(text + tokens, device=order.token.device)  # what keeps its place
+        visual = torch.cat((order.token, place[layout.visual : tokens]))
+        back = torch.cat((order.inverse, place[layout.visual : tokens + out_text * text]))
+        return Rows(visual, torch.cat((place[:text], visual + text)), back)
 
 
 class OrderHook:
@@ -79,14 +55,20 @@ class OrderHook:
     note      told once why the hook stands aside
     """
 
-    def __init__(self, model: nn.Module, order: Callable[[Grid], Order | None], note: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        order: Callable[[Grid], Order | None],
+        note: Callable[[str], None],
+        recipes: dict[str, Recipe] = RECIPES,
+    ) -> None:
         self.model, self.order, self.note = model, order, note
         self.enabled = True
-        self.recipe = _recipe(model)
-        self._tokens: Tensor | None = None  # int64 [N]: where each position's token comes from; None: hands off
-        self._inverse: Tensor | None = None
-        self._joint: Tensor | None = None  # the same for what starts with the text
-        self._known: tuple[Order, int, Tensor] | None = None
+        self.recipe = recipe_of(model, recipes)
+        self._rows: Rows | None = None  # None: hands off
+        self._samples = 1
+        self._tables = 0  # times that tables were made in this model call
+        self._known: tuple[Order, Layout, Rows] | None = None
         self._undo = [] if self.recipe is None else _register(model, self.recipe, self)
 
     def begin(self, call: dict[str, Any], frame: Frame) -> None:
@@ -97,130 +79,115 @@ class OrderHook:
         order = self.order(layout.grid) if layout.grid is not None and self.enabled else None
         if order is None or order.identity:
             return
-        why = stands_aside(self.model, self.recipe, call, frame)
+        why = stands_aside(self.model, self.recipe, call, layout)
         if why is not None:
             self.note(f"{type(self.model).__name__}: tokens are put in order at every attention call, because {why}.")
             return
-        order = order.on(call["hidden_states"].device)
-        self._tokens, self._inverse = order.token, order.inverse
-        self._joint = self._joint_rows(order, layout.text or 0)
+        x = visual_input(call)
+        self._samples = len(x)
+        self._rows = self._rows_of(order.on(x[0].device), layout)
         frame.ordered = True
+
+    def _rows_of(self, order: Order, layout: Layout) -> Rows:
+        """Kept from call to call."""
+        assert self.recipe is not None
+        if self._known is None or self._known[0] is not order or self._known[1] != layout:
+            self._known = (order, layout, Rows.of(order, layout, self.recipe.out_text))
+        return self._known[2]
 
     def arguments(self, call: dict[str, Any]) -> dict[str, Any] | None:
         """The arguments of this call with rotary tables in order, where a caller brings them; None: leave them."""
         name = None if self.recipe is None else self.recipe.argument
-        if self._tokens is None or name is None or call.get(name) is None:
+        if self._rows is None or name is None or call.get(name) is None:
             return None
-        return {**call, name: tuple(table.index_select(0, self._tokens) for table in call[name])}
-
-    def _joint_rows(self, order: Order, text: int) -> Tensor:
-        """Rows of what starts with the text; kept from call to call."""
-        if self._known is None or self._known[0] is not order or self._known[1] != text:
-            lead = torch.arange(text, device=order.token.device)
-            self._known = (order, text, torch.cat((lead, order.token + text)))
-        return self._known[2]
-
-    def _rows(self, where: str) -> Tensor | None:
-        """Rows of the tokens ("embed") or of the rotary tables ("rope"); None: hands off."""
-        return self._joint if self.recipe is not None and self.recipe.with_text == where else self._tokens
+        return {**call, name: tuple(table.index_select(0, self._rows.visual) for table in call[name])}
 
     def end(self) -> None:
-        self._tokens = self._inverse = self._joint = None
+        self._rows, self._tables = None, 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OrderHook:
         return self  # a copy of the model is not accelerated, and its hooks do nothing
 
     def remove(self) -> None:
-        for handle in self._undo:
-            handle.remove()
+        for undo in self._undo:
+            undo()
         self._undo = []
 
     # ---- the hooks; each does nothing while the hook stands aside
     def after_embed(self, module: nn.Module, args: Any, x: Tensor) -> Tensor:
-        rows = self._rows("embed")
-        if rows is None:
+        if self._rows is None or self.recipe is None:
             return x
-        if x.ndim == 5:
-            return x.flatten(2).index_select(2, rows).view(x.shape)
-        return x.index_select(1, rows)
+        return self._moved(x, self._rows.joint if self.recipe.with_text == "embed" else self._rows.visual)
 
-    def after_rope(self, module: nn.Module, args: Any, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        recipe, rows = self.recipe, self._rows("rope")
-        if rows is None or recipe is None:
+    def after_rope(self, module: Any, args: Any, tables: Any) -> Any:
+        recipe = self.recipe
+        if self._rows is None or recipe is None:
             return tables
-        if recipe.tables == "length" and tables[0].shape[recipe.rope_dim] != len(rows):
+        self._tables += 1
+        if recipe.rope_call is not None and recipe.rope_call != self._tables - 1:
             return tables
+        rows = self._rows.joint if recipe.with_text == "rope" else self._rows.visual
+        move = partial(moved, rows=rows, dim=recipe.rope_dim)
+        if isinstance(tables, Tensor):
+            return move(tables)
+        if isinstance(tables, dict):
+            return {name: move(table) for name, table in tables.items()}
         visual = tables[:1] if recipe.tables == "first" else tables
-        return (*(table.index_select(recipe.rope_dim, rows) for table in visual), *tables[len(visual) :])
+        return (*(move(table) for table in visual), *tables[len(visual) :])
 
     def after_modulation(self, module: nn.Module, args: Any, out: tuple[Any, ...]) -> tuple[Any, ...]:
-        temb, projection, *rest = out
-        if self._tokens is None or projection.ndim != 3:  # [B, 6 C]: one timestep per sample
+        if self._rows is None or self.recipe is None:
             return out
-        return (temb, projection.index_select(1, self._tokens), *rest)
+        at, rows = self.recipe.modulated, self._rows.visual
+        if out[at].shape[:-1].numel() != self._samples * len(rows):  # one timestep per sample
+            return out
+        return (*out[:at], self._moved(out[at], rows), *out[at + 1 :])
 
     def before_out(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        if self._inverse is None:
-            return args
-        return (args[0].index_select(1, self._inverse), *args[1:])
+        return args if self._rows is None else (self._moved(args[0], self._rows.back), *args[1:])
+
+    def _moved(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Tokens [.., C], or [B, C, (T,) H, W] where the recipe says so."""
+        if x.ndim > 3 and self.recipe is not None and self.recipe.embed_grid:
+            return x.flatten(2).index_select(2, rows).view(x.shape)
+        if x.ndim == 3 and x.shape[1] == len(rows):
+            return x.index_select(1, rows)
+        return moved(x.flatten(0, -2), rows, 0).view(x.shape)
 
 
-def _recipe(model: nn.Module) -> Recipe | None:
-    """The recipe of exactly this class (a subclass may mix tokens elsewhere), if its modules are where we think."""
-    recipe = RECIPES.get(type(model).__name__)
-    if recipe is None:
-        return None
-    return recipe if all(isinstance(getattr(model, name, None), nn.Module) for name in recipe.modules) else None
+def moved(x: Tensor, rows: Tensor, dim: int) -> Tensor:
+    """``rows`` of a dimension; where samples lie one behind the other in it, those of each."""
+    dim %= x.ndim
+    return x.unflatten(dim, (-1, len(rows))).index_select(dim + 1, rows).flatten(dim, dim + 1)
 
 
-def _register(model: nn.Module, recipe: Recipe, hook: OrderHook) -> list[Any]:
-    undo = [getattr(model, name).register_forward_hook(hook.after_embed) for name in recipe.embed]
-    undo.append(getattr(model, recipe.out).register_forward_pre_hook(hook.before_out))
-    if recipe.rope:
-        undo.append(getattr(model, recipe.rope).register_forward_hook(hook.after_rope))
-    if recipe.modulation:
-        undo.append(getattr(model, recipe.modulation).register_forward_hook(hook.after_modulation))
+class _Watched:
+    """Stands for a callable of a model that is no module. A deep copy of the model gets the plain callable back."""
+
+    def __init__(self, original: Callable[..., Any], after: Callable[[Any, Any, Any], Any]) -> None:
+        self.original, self.after = original, after
+
+    def __call__(self, *args: Any) -> Any:
+        return self.after(self.original, args, self.original(*args))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.original, memo)
+
+
+def _register(model: nn.Module, recipe: Recipe, hook: OrderHook) -> list[Callable[[], Any]]:
+    """Put the hooks in; -> what takes them out."""
+    undo: list[Callable[[], Any]] = []
+    for names, after in ((recipe.embed, hook.after_embed), (recipe.modulation, hook.after_modulation)):
+        undo += [part.register_forward_hook(after).remove for name in names for part in parts_of(model, name)]
+    undo += [part.register_forward_pre_hook(hook.before_out).remove for part in parts_of(model, recipe.out)]
+    for name in recipe.rope:
+        for part in parts_of(model, name):
+            undo.append(_watch(model, name, part, hook.after_rope))
     return undo
 
 
-def stands_aside(model: nn.Module, recipe: Recipe | None, call: dict[str, Any], frame: Frame) -> str | None:
-    """Why the tokens of this call must stay where they are, or None."""
-    layout = frame.layout
-    if recipe is None:
-        return "this model has no place to permute them once"
-    if layout.extra:
-        return "there are reference or padding tokens"
-    x = call["hidden_states"]
-    if x.ndim == 3 and x.shape[1] != layout.visual:
-        return "the sequence does not fit the grid"
-    if any(call.get(name) is not None for name in CONTROLNET):
-        return "ControlNet adds residuals in the model's own order"
-    for name in KWARGS:
-        strange = set(call.get(name) or {}) - {"scale"}
-        if strange:
-            return f"{name} passes {', '.join(sorted(strange))} to the attention layers"
-    return _mixes_tokens(model, recipe, call, layout) or _odd_timesteps(recipe, call, layout)
-
-
-def _mixes_tokens(model: nn.Module, recipe: Recipe, call: dict[str, Any], layout: Layout) -> str | None:
-    """What in a model, or in a call, asks where tokens are, or cannot be told from text."""
-    config, x, control = getattr(model, "config", None), call["hidden_states"], call.get("control_hidden_states")
-    if getattr(config, "image_condition_type", None) == "token_replace":
-        return "the blocks treat the first frame's tokens apart"
-    if getattr(config, "num_frame_per_block", 1) > 1:
-        return "frames see only earlier ones"
-    if call.get("attention_mask") is not None:
-        return "a mask names tokens by their place"
-    if isinstance(control, Tensor) and control.shape[2:] != x.shape[2:]:
-        return "the control video has another size"
-    if recipe.tables == "length" and layout.text == layout.visual:
-        return "there are as many text tokens as visual ones"
-    return None
-
-
-def _odd_timesteps(recipe: Recipe, call: dict[str, Any], layout: Layout) -> str | None:
-    timestep = call.get("timestep")
-    if not isinstance(timestep, Tensor) or timestep.ndim < 2:
-        return None
-    fits = recipe.modulation is not None and timestep.shape[1:] == (layout.visual,)
-    return None if fits else "timesteps per token do not fit the grid"
+def _watch(model: nn.Module, name: str, part: Any, after: Callable[..., Any]) -> Callable[[], Any]:
+    if isinstance(part, nn.Module):
+        return part.register_forward_hook(after).remove
+    setattr(model, name, _Watched(part, after))
+    return partial(setattr, model, name, part)

@@ -5,7 +5,9 @@ Permuting changes which sums float rounding sees, so equality is to 1e-5 of a un
 
 import inspect
 
+import diffusers as D
 import pytest
+import test_hosts_relatives as relatives
 import torch
 import zoo
 from fakes import Masked, Spy, shuffled_order
@@ -23,7 +25,8 @@ from tiny import (
 )
 
 from foveal.plugins.accelerate import accelerate
-from foveal.plugins.diffusers_host.order_hook import RECIPES
+from foveal.plugins.diffusers_host.order_checks import stands_aside
+from foveal.plugins.diffusers_host.order_recipes import NO_PLACE, PLACED, RECIPES
 from foveal.plugins.methods.grat import GRAT
 from foveal.plugins.running import NOTHING_LEFT_OUT
 
@@ -111,16 +114,14 @@ def test_controlnet_residuals_make_the_hook_stand_aside():
 
 
 def test_unknown_attention_arguments_make_the_hook_stand_aside():
-    from foveal.plugins.diffusers_host.order_hook import _recipe, stands_aside
-
     model = flux_transformer()
     handle = accelerate(model, Spy(shuffle=True))
     run(model, flux_inputs())
-    frame, recipe = model.__dict__["_foveal"].frame, _recipe(model)
+    layout, recipe = model.__dict__["_foveal"].frame.layout, RECIPES["FluxTransformer2DModel"]
     call = {**flux_inputs(), "joint_attention_kwargs": {"scale": 1.0}}
-    assert stands_aside(model, recipe, call, frame) is None
+    assert stands_aside(model, recipe, call, layout) is None
     call["joint_attention_kwargs"] = {"ip_adapter_masks": None}
-    assert "ip_adapter_masks" in stands_aside(model, recipe, call, frame)
+    assert "ip_adapter_masks" in stands_aside(model, recipe, call, layout)
     assert handle.is_active()
 
 
@@ -159,42 +160,14 @@ def test_full_window_is_the_plain_pipeline(name):
     assert torch.equal(call(pipe), plain)
 
 
-# ---- every other model that has a recipe
-OTHERS = (
-    "cogvideox",
-    "cogvideox15",
-    "flux2",
-    "hunyuan15",
-    "ltx",
-    "pixart",
-    "qwen",
-    "sd3",
-    "sd35",
-    "skyreels",
-    "wan_vace",
-)
-
-
-def test_every_recipe_is_tried():
-    kinds = {type(zoo.build(name)[0]).__name__ for name in OTHERS} | {
-        type(make()).__name__ for make, _ in MODELS.values()
-    }
-    assert kinds == set(RECIPES)
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_shuffled_dense_equals_the_plain_model_of_every_recipe(name):
-    model, inputs = zoo.build(name)
-    plain, spy = run(model, inputs), Spy(shuffle=True)
-    handle = accelerate(model, spy)
-    torch.testing.assert_close(run(model, inputs), plain, **TOLERANCE)
-    (site, v), calls = spy.seen[0], len(spy.seen)
-    assert all(s.ordered for s, _ in spy.seen) and not handle.record.notes
-    handle.order_hook = False
-    run(model, inputs)
-    at = slice(site.visual.start, site.visual.stop)
-    unordered = spy.seen[calls][1][:, :, at]
-    torch.testing.assert_close(v[:, :, at], unordered[:, :, shuffled_order(site.grid).token], **TOLERANCE)
+def test_a_controlnet_says_why_not():
+    sizes = {k: v for k, v in relatives.FLUX.items()}
+    model = D.FluxControlNetModel(**sizes, pooled_projection_dim=32).eval()
+    inputs = {**flux_inputs(), "controlnet_cond": noise(1, 24, 16, seed=7)}
+    for block in (*model.controlnet_blocks, *model.controlnet_single_blocks):
+        torch.nn.init.normal_(block.weight, generator=torch.Generator().manual_seed(0))
+    difference, (note,) = aside(model, inputs)
+    assert difference == 0 and note.endswith(f"because {PLACED['FluxControlNetModel']}.") and NO_PLACE not in note
 
 
 def _masked(model, inputs):
@@ -214,10 +187,13 @@ def _causal(model, inputs):
     model.register_to_config(num_frame_per_block=2)
 
 
-def _as_much_text(model, inputs):
-    tokens = inputs["hidden_states"].shape[1]
-    inputs["encoder_hidden_states"] = noise(1, tokens, inputs["encoder_hidden_states"].shape[2], seed=4)
-    inputs["txt_ids"] = torch.zeros(*inputs["txt_ids"].shape[:-2], tokens, inputs["txt_ids"].shape[-1])
+def _frame_times(model, inputs):
+    frames = inputs["hidden_states"].shape[2]
+    inputs["timestep"] = torch.arange(frames).view(1, 1, frames, 1, 1)
+
+
+def _keyframes(model, inputs):
+    inputs["video_keyframes_mask"] = torch.ones(1, inputs["hidden_states"].shape[1], 1)
 
 
 ASIDE = {
@@ -225,7 +201,8 @@ ASIDE = {
     "sd3": (_residuals, "ControlNet adds residuals"),
     "wan_vace": (_short_control, "the control video has another size"),
     "skyreels": (_causal, "frames see only earlier ones"),
-    "flux2": (_as_much_text, "as many text tokens as visual ones"),
+    "cosmos": (_frame_times, "the model spreads timesteps per frame over its tokens where no module shows them"),
+    "ltx2": (_keyframes, "a mask names tokens by their place"),
 }
 
 

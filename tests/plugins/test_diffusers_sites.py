@@ -129,7 +129,7 @@ def test_references_are_seen_by_all_and_see_all():
     handle = accelerate(model, Masked(shuffle=True))
     run(model, inputs)
     assert reasons(handle) == {}
-    assert "there are reference or padding tokens" in str(handle.summary())
+    assert not handle.record.notes, "they keep their places behind the grid, so tokens are put in order once"
 
 
 # ---- what cannot be placed runs dense
