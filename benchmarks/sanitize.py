@@ -61,7 +61,7 @@ HOPPER: tuple[tuple[torch.dtype, int, set[str]], ...] = (
     (torch.bfloat16, 72, EVERYTHING),
     (torch.bfloat16, 128, {"even", "wide", "proxies"}),
     (torch.bfloat16, 64, {"proxies", "variance", "lse"}),
-    (torch.bfloat16, 72, EVERYTHING | {"proxies", "variance"}),
+    (torch.bfloat16, 72, EVERYTHING),
 )
 TRITON: tuple[tuple[torch.dtype, int, set[str]], ...] = (
     (torch.bfloat16, 128, {"even", "dense", "grouped"}),

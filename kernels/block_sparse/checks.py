@@ -203,6 +203,13 @@ def _check_index(plan: BlockPlan) -> None:
     )
 
 
+def ascend(plan: BlockPlan) -> bool:
+    """Whether every list names its key blocks in ascending order, its full entries and its partial ones apart."""
+    place = torch.arange(1, plan.index.shape[-1], device=plan.index.device)
+    inside = (place < plan.count[..., None]) & (place != plan.n_full[..., None])
+    return bool((~inside | (plan.index[..., 1:] > plan.index[..., :-1])).all())
+
+
 def _check_order(name: str, order: Tensor | None, n: int) -> None:
     if order is None:
         return

@@ -137,6 +137,8 @@ def plan_arguments(plan: BlockPlan, keys: int) -> PlanArguments:
     uniform = plan.kv_stride > 0 and c >= SPECIALISED_BLOCKS
     tiled = uniform and bool(plan.tiled)
     width = cell_width(plan, keys)
+    whole = tiled and plan.kv_positions % plan.kv_stride == 0
+    careful = plan.has_pair_masks or any(x is not None for x in (plan.block_bias, plan.key_bias, plan.proxies))
     low, high, coord, hot, dims, guard = _box(plan, keys, width)
     block_strides = (0, 0, 0) if plan.block_bias is None else tuple(stride_of(plan.block_bias, i) for i in range(3))
     pointers = (
@@ -152,7 +154,8 @@ def plan_arguments(plan: BlockPlan, keys: int) -> PlanArguments:
             "ROW_ITEMS": plan.n_q_blocks * programs, "ksub": -(-plan.max_kv_len // keys), "QSUB": programs, "guard": guard,
         },
         switches={
-            "EVEN": tiled and plan.kv_stride % keys == 0 and plan.kv_positions % plan.kv_stride == 0,
+            "EVEN": whole and plan.kv_stride % keys == 0,
+            "CUT": tiled and plan.kv_stride == keys and not whole and not careful and plan.list_order == "address",
             "UNIFORM": uniform, "TILED": tiled, "HAS_PARTIAL": plan.has_pair_masks, "BOX": plan.box is not None, "CELLS": width,
             "BITS": plan.row_bits is not None, "BLOCK_BIAS": plan.block_bias is not None, "KEY_BIAS": plan.key_bias is not None,
             "HAS_DENSE": every is not None, "Q_ORDER": q_order is not None, **proxy_arguments(plan, keys),

@@ -19,26 +19,28 @@ from foveal.kernels.block_sparse.hopper import block_sparse_hopper
 from foveal.kernels.block_sparse.hopper_call import RING
 
 SWITCHES = (
-    "Q_TMA", "EVEN", "UNIFORM", "TILED", "HAS_PARTIAL", "BOX", "CELLS", "BITS", "BLOCK_BIAS", "KEY_BIAS", "HAS_DENSE", "Q_ORDER", "HAS_INIT", "NEED_LSE",
+    "Q_TMA", "EVEN", "CUT", "UNIFORM", "TILED", "HAS_PARTIAL", "BOX", "CELLS", "BITS", "BLOCK_BIAS", "KEY_BIAS", "HAS_DENSE", "Q_ORDER", "HAS_INIT", "NEED_LSE",
     "PROXIES", "VAR",
 )  # fmt: skip
 FEATURES: dict[str, set[str]] = {
     "plain": {"EVEN", "UNIFORM", "TILED", "HAS_DENSE", "Q_TMA"},
     "ragged": {"UNIFORM", "TILED", "HAS_DENSE", "NEED_LSE", "Q_TMA"},
+    "cut": {"CUT", "UNIFORM", "TILED", "HAS_DENSE", "NEED_LSE", "Q_TMA"},
     "uneven": {"HAS_DENSE", "Q_ORDER"},
     "biased": {"BLOCK_BIAS", "KEY_BIAS", "NEED_LSE"},
     "resumed": {"UNIFORM", "TILED", "HAS_INIT", "NEED_LSE", "Q_TMA"},
     "masked": {"HAS_PARTIAL", "BOX", "UNIFORM", "TILED", "HAS_DENSE", "Q_TMA"},
     "cells": {"HAS_PARTIAL", "BOX", "CELLS", "UNIFORM", "TILED", "HAS_DENSE", "Q_TMA"},
-    "everything": set(SWITCHES) - {"EVEN", "UNIFORM", "TILED", "CELLS", "Q_TMA", "PROXIES", "VAR"},
+    "everything": set(SWITCHES) - {"EVEN", "CUT", "UNIFORM", "TILED", "CELLS", "Q_TMA", "PROXIES", "VAR"},
     "proxies": {"EVEN", "UNIFORM", "TILED", "PROXIES", "Q_TMA"},
     "variances": {"UNIFORM", "TILED", "HAS_DENSE", "NEED_LSE", "PROXIES", "VAR", "Q_TMA"},
-    "resumed proxies": {"HAS_INIT", "NEED_LSE", "BLOCK_BIAS", "Q_ORDER", "PROXIES"},
-    "everything, variances": set(SWITCHES) - {"EVEN", "UNIFORM", "TILED", "CELLS", "Q_TMA"},
+    "resumed proxies": {"HAS_INIT", "NEED_LSE", "BLOCK_BIAS", "PROXIES", "Q_TMA"},
 }
 VARIANTS = (
     ("bf16", 128, 128, "plain"),
     ("bf16", 128, 128, "ragged"),
+    ("bf16", 128, 128, "cut"),
+    ("bf16", 64, 128, "cut"),
     ("fp16", 128, 128, "uneven"),
     ("bf16", 128, 64, "biased"),
     ("bf16", 128, 128, "resumed"),
@@ -53,7 +55,6 @@ VARIANTS = (
     ("bf16", 128, 128, "variances"),
     ("fp16", 64, 128, "variances"),
     ("bf16", 128, 64, "resumed proxies"),
-    ("bf16", 128, 64, "everything, variances"),
 )  # dtype, head dim, keys of a tile, feature
 
 

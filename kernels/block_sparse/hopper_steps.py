@@ -68,10 +68,13 @@ def keys_left(c, sub, lengths, kv_stride, PK, BN: gl.constexpr, TILED: gl.conste
 
 
 @gluon.jit
-def next_tile(listing, sub, ksub):
-    """The entry and the tile in it that follow."""
-    turn = sub + 1 == ksub
-    return gl.where(turn, listing + 1, listing), gl.where(turn, 0, sub + 1)
+def next_tile(listing, sub, ksub, CUT: gl.constexpr):
+    """The entry and the tile in it that follow. CUT: lists are walked from their end, an entry a tile."""
+    if CUT:
+        return listing - 1, sub
+    else:
+        turn = sub + 1 == ksub
+        return gl.where(turn, listing + 1, listing), gl.where(turn, 0, sub + 1)
 
 
 @gluon.jit
@@ -93,8 +96,8 @@ def this_program(any_integer):
 
 
 @gluon.jit
-def item_at(item, work, ksub, HAS_PARTIAL: gl.constexpr, HAS_DENSE: gl.constexpr):
-    """-> batch, head, query block, first row inside it, its start and length, its list, full tiles and masked ones"""
+def item_at(item, work, ksub, CUT: gl.constexpr, HAS_PARTIAL: gl.constexpr, HAS_DENSE: gl.constexpr):
+    """-> batch, head, query block, first row inside it, its start and length, where its walk begins, full tiles and masked ones"""
     Rows, r_b, r_h, Index, Every, QSUB, ROW_ITEMS, H = work
     head = item // ROW_ITEMS
     b = head // H
@@ -112,6 +115,8 @@ def item_at(item, work, ksub, HAS_PARTIAL: gl.constexpr, HAS_DENSE: gl.constexpr
     listing = Index + gl.load((facts + 6).to(gl.pointer_type(gl.int64)))
     if HAS_DENSE:
         listing = gl.where(gl.load(facts + 5) != 0, Every, listing)
+    if CUT:
+        listing += n_full - 1
     live = first < length  # blocks shorter than the longest leave their last items without rows
     # Not full and all: without masks these are one value, and loops that carry one value twice are compiled wrongly (triton 3.6).
     masked = (total - n_full) * ksub

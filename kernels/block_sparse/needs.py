@@ -81,6 +81,8 @@ class Needs:
             return f"the scale {scale} is below {LEAST_SCALE}"
         if plan.box is not None and fields(plan.box) is None:
             return "the box mask's coordinates need more than 32 bits"
+        if plan.proxies is not None and not _in_place(q, plan):
+            return "with proxies it takes queries in plan order, 64 or 128 channels wide, that are rows of one aligned table"
         permuted = plan.kv_order is not None and not plan.ordered  # then keys are copied, and lie well
         for name, x in (("k", k), ("v", v)):
             if x is None or permuted:
@@ -93,6 +95,13 @@ class Needs:
 
     def _devices(self, by_name: bool) -> tuple[str, ...]:
         return (*self.devices, "cpu") if self.requires == "triton" and INTERPRETED and by_name else self.devices
+
+
+def _in_place(q: Tensor, plan: BlockPlan) -> bool:
+    """Whether the copy engine can fetch queries from where they lie."""
+    ordered = plan.q_order is None or plan.ordered
+    aligned = torch.compiler.is_compiling() or q.storage_offset() * q.element_size() % 16 == 0
+    return bool(ordered and q.shape[-1] in (64, 128) and aligned) and row_table(q.shape, q.stride()) is not None
 
 
 def slower(name: str, plan: BlockPlan) -> str | None:

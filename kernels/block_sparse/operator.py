@@ -70,6 +70,7 @@ def flatten(plan: BlockPlan) -> tuple[list[Tensor], str, list[int]]:
     live = {n: x for n, x in named.items() if x is not None}
     ranges = [x for pair in plan.dense_rows for x in pair]
     sizes = [plan.n_queries, plan.n_keys, plan.max_q_len, plan.max_kv_len, int(bool(plan.covers)), int(plan.ordered)]
+    sizes += [int(plan.list_order == "address")]
     spans = [x for pair in (plan.box.span or () if plan.box is not None else ()) for x in pair]
     cell = () if plan.box is None or plan.box.cell is None else plan.box.cell
     cells = [x for axis in cell for x in axis]
@@ -82,7 +83,7 @@ def unflatten(
     tensors: list[Tensor], fields: str, sizes: list[int], proxy_k: Tensor | None, proxy_v: Tensor | None
 ) -> BlockPlan:
     named: dict[str, Any] = dict(zip(fields.split(","), tensors, strict=True))
-    spans, rest = sizes[10 : 10 + sizes[9]], sizes[10 + sizes[9] :]
+    spans, rest = sizes[11 : 11 + sizes[10]], sizes[11 + sizes[10] :]
     axes, cells, ranges = rest[0], rest[2 : 2 + rest[1]], rest[2 + rest[1] :]
     width = len(cells) // max(1, axes)
     cell = tuple(tuple(cells[i * width : (i + 1) * width]) for i in range(axes)) or None
@@ -93,7 +94,8 @@ def unflatten(
     proxies = None if proxy_k is None or proxy_v is None else Proxies(proxy_k, proxy_v, n, var)
     return BlockPlan(
         n_queries=sizes[0], n_keys=sizes[1], max_q_len=sizes[2], max_kv_len=sizes[3], covers=bool(sizes[4]), ordered=bool(sizes[5]),
-        spread=None if sizes[6] < 0 else sizes[6] / 1000, tiled=bool(sizes[7]), kv_stride=sizes[8],
+        list_order="address" if sizes[6] else "priority", spread=None if sizes[7] < 0 else sizes[7] / 1000, tiled=bool(sizes[8]),
+        kv_stride=sizes[9],
         dense_rows=tuple(pairs(ranges)), box=box, proxies=proxies, trusted=True, **named,
     )  # fmt: skip
 

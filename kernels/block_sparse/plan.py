@@ -76,6 +76,7 @@ class BlockPlan:
     kv_start, kv_len    the same for C key blocks; ``kv_len`` holds for full entries too
     count, n_full       [Bm, Hm, R] (or [R]): valid list entries; the first ``n_full`` of them need no pair mask
     index               [Bm, Hm, R, K] (or [R, K]): key blocks; inside each part in ``list_order``
+    list_order          "address": ascending ("priority" is put down for a plan that is not, unless it is ``trusted``); or "priority"
     q_order, kv_order   [P] or [B, H, P] or None: plan position p holds the caller's token order[p]; -1 is padding
     ordered             True: the caller's tensors are in plan order already, orders are kept for information only
     dense_rows          ranges (first, last) of query blocks that visit every key block; their list entries are ignored
@@ -136,6 +137,8 @@ class BlockPlan:
             checks.check_values(self)
             if self.spread is None:
                 object.__setattr__(self, "spread", counting.spread(self))
+            if self.list_order == "address" and not checks.ascend(self):
+                object.__setattr__(self, "list_order", "priority")
             object.__setattr__(self, "key_bias", checks.without_padding(self))
             object.__setattr__(self, "trusted", True)
         if self.max_q_len < 0:

@@ -12,7 +12,7 @@ from plan_fuzz import Recipe, make_case
 from torch import Tensor
 
 from foveal.kernels.block_sparse import BlockPlan, Box, PlanError, block_sparse_attention, choose, hopper_call, needs
-from foveal.kernels.block_sparse.hopper_call import programs_for
+from foveal.kernels.block_sparse.hopper_call import plan_arguments, programs_for
 from foveal.kernels.block_sparse.launching import facts
 from foveal.kernels.block_sparse.plan_forms import cell_width, cells, fields, lead, listed_words, packed_box, row_facts
 from foveal.kernels.block_sparse.tiles import fill, hopper_keys, row_table
@@ -220,3 +220,31 @@ def test_shipped_variants_compile_without_spills():
     for row in found:
         assert row["spill"] == 0, row
         assert row["shared"] <= 227 * 1024, row
+
+
+@pytest.mark.parametrize(
+    "change, cut",
+    [
+        ({}, True),
+        ({"m": 2048}, False),
+        ({"list_order": "priority"}, False),
+        ({"key_bias": torch.zeros(1, 1, 2000)}, False),
+    ],
+    ids=["ends inside a block", "ends with a block", "in any order", "biased"],
+)
+def test_lists_are_walked_from_their_end_where_it_hides_the_only_short_block(change: dict, cut: bool):
+    m = change.get("m", 2000)
+    plan = dataclasses.replace(plan_of(n=2000, m=m, length=128), **{k: v for k, v in change.items() if k != "m"})
+    facts = plan_arguments(plan, 128).switches
+    assert facts["CUT"] == cut and facts["EVEN"] == (m == 2048)
+
+
+def test_proxies_need_queries_that_lie_in_place():
+    case = make_case(Recipe(torch.float16, 64, frozenset({"proxies"})), 0, "cpu", longest=300)
+    need, plan = needs.IMPLEMENTATIONS["hopper"], case.plan
+    q = torch.empty(case.q.shape, dtype=torch.float16)
+    assert need.call_refusal(q, plan) is None
+    for other in (q[..., :32], q[..., ::2].repeat_interleave(2, -1).mT.contiguous().mT):
+        assert "with proxies" in str(need.call_refusal(other, plan))
+    order = torch.arange(plan.n_queries, dtype=torch.int32)
+    assert "plan order" in str(need.call_refusal(q, dataclasses.replace(plan, q_order=order)))

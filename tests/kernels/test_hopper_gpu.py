@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from on_card import relative
 from plan_fuzz import Recipe, errors, make_case
 
-from foveal.kernels.block_sparse import KernelOptions, block_sparse_attention, choose
+from foveal.kernels.block_sparse import BlockPlan, KernelOptions, block_sparse_attention, choose
+from foveal.kernels.block_sparse.hopper_call import plan_arguments
+from foveal.kernels.selection import block_lists
 from foveal.plugins.layout import Layout
 from foveal.plugins.methods.neighborhood import Neighborhood
 from foveal.plugins.site import Site, Span
@@ -37,13 +40,8 @@ RECIPES = [
         (torch.bfloat16, 128, {"even", "wide", "proxies"}),
         (torch.bfloat16, 128, {"proxies", "heads", "lse"}),
         (torch.float16, 64, {"proxies", "variance", "lse"}),
-        (torch.bfloat16, 128, {"even", "wide", "proxies", "variance", "order", "dense", "grouped"}),
+        (torch.bfloat16, 128, {"even", "wide", "proxies", "variance", "dense", "grouped"}),
         (torch.bfloat16, 128, {"proxies", "variance", "block_bias", "init", "lse"}),
-        (
-            torch.bfloat16,
-            72,
-            {"box", "bits", "block_bias", "key_bias", "dense", "init", "lse", "order", "heads", "proxies", "variance"},
-        ),
     )
 ]
 
@@ -108,8 +106,6 @@ def test_it_is_chosen_where_its_tiles_are_filled():
     q = torch.randn(1, 2, 4096, 128, device="cuda", dtype=torch.bfloat16)
     assert choose(q, case.plan).name in ("hopper", "triton")
     blocks = torch.arange(32, dtype=torch.int32)
-    from foveal.kernels.block_sparse import BlockPlan
-
     plan = BlockPlan(
         n_queries=4096, n_keys=4096, q_start=blocks * 128, q_len=torch.full_like(blocks, 128), kv_start=blocks * 128,
         kv_len=torch.full_like(blocks, 128), count=torch.full_like(blocks, 4), n_full=torch.full_like(blocks, 4),
@@ -124,3 +120,27 @@ def test_it_is_chosen_where_its_tiles_are_filled():
     ).to("cuda")  # fmt: skip
     chosen = choose(q, plan)
     assert chosen.name == "triton" and "fill too little" in str(chosen)
+
+
+@pytest.mark.parametrize("dim", [64, 72, 128])
+@pytest.mark.parametrize(
+    "n, dense", [(2049, ()), (3000, ((23, 24),)), (4001, ((0, 2), (31, 32)))], ids=["one key more", "last dense", "odd"]
+)
+def test_a_sequence_that_ends_inside_its_last_block_equals_double_precision(n: int, dense: tuple, dim: int):
+    keep = torch.rand(1, 3, -(-n // 128), -(-n // 128), generator=torch.Generator().manual_seed(n)) < 0.3
+    keep[:, :, 0] = False  # an empty list
+    lists = block_lists(keep.cuda())
+    start = torch.arange(0, n, 128, dtype=torch.int32, device="cuda")
+    length = (n - start).clamp(max=128)
+    plan = BlockPlan(
+        n_queries=n, n_keys=n, q_start=start, q_len=length, kv_start=start, kv_len=length, count=lists.count,
+        n_full=lists.count, index=lists.index, dense_rows=dense,
+    )  # fmt: skip
+    assert plan_arguments(plan, 128).switches["CUT"]
+    q, k, v = (torch.randn(1, n, 3, dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
+    out, lse = block_sparse_attention(q, k, v, plan, return_lse=True, options=HOPPER)
+    want, exact = block_sparse_attention(
+        q.double(), k.double(), v.double(), plan, return_lse=True, options=KernelOptions(implementation="reference")
+    )
+    assert relative(out, want) < 4e-3
+    torch.testing.assert_close(lse.double(), exact, atol=1e-3, rtol=1e-3)

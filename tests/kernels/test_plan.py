@@ -273,3 +273,29 @@ def test_trusted_plans_check_shapes_only_and_validate_checks_the_rest():
         wrong.validate()
     with pytest.raises(PlanError, match="3 blocks"):
         plan(kv_len=torch.tensor([3, 3, 2]), trusted=True)
+
+
+def test_lists_that_do_not_ascend_are_put_down_as_such():
+    assert plan().list_order == "address"
+    assert plan(index=torch.tensor([[2, 0, 0, 0], [3, 0, 0, 0], [0, 1, 2, 3]])).list_order == "priority"
+    parts = {"n_full": torch.tensor([1, 1, 4]), "row_bits": torch.full((1, 1, 10, 1), 15, dtype=torch.int32)}
+    two_parts = plan(index=torch.tensor([[2, 0, 0, 0], [3, 0, 0, 0], [0, 1, 2, 3]]), **parts)
+    assert two_parts.list_order == "address"
+
+
+@pytest.mark.parametrize("order", ["address", "priority"])
+def test_an_operator_sees_the_plan_that_it_is_given(order):
+    from foveal.kernels.block_sparse.operator import flatten, unflatten
+
+    before = plan(list_order=order, dense_rows=((1, 2),))
+    after = unflatten(*flatten(before), None, None)
+    for field in dataclasses.fields(before):
+        if field.init and field.name not in ("label", "pairs"):
+            old, new = getattr(before, field.name), getattr(after, field.name)
+            assert (
+                torch.equal(old, new)
+                if isinstance(old, torch.Tensor)
+                else old == pytest.approx(new, abs=1e-3)
+                if isinstance(old, float)
+                else old == new
+            ), field.name
