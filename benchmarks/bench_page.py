@@ -183,7 +183,8 @@ def sanitizer(record: Record) -> str:
         "Small random calls of every kernel. racecheck sees the shared memory that threads read and write, not what the copy engine and the tensor cores "
         "do there; its reports about the byte through which Triton hands out the roles of warps, ordered by a barrier that it does not follow, are counted apart."
     )
-    return f"## Memory and races\n\n{source(record)}.\n\n{note}\n\n{table(columns, rows)}"
+    found = f" {record['note']}" if "note" in record else ""
+    return f"## Memory and races\n\n{source(record)}.\n\n{note}{found}\n\n{table(columns, rows)}"
 
 
 TABLES = {
